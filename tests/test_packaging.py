@@ -71,7 +71,12 @@ def files_below(folder: Path, prefix: str) -> set[str]:
 
 def test_the_wheel_holds_the_package_with_its_options_model_and_data(wheel: Path, source: Path) -> None:
     names = wheel_names(wheel)
-    assert {"qlora/conf/config.yaml", "qlora/demo/model/model.safetensors", "qlora/demo/data/train.jsonl"} <= names
+    assert {
+        "qlora/conf/config.yaml",
+        "qlora/demo/model/model.safetensors",
+        "qlora/demo/data/train.jsonl",
+        "qlora/demo/data/preferences.jsonl",
+    } <= names
     plugin = "qlora/plugins/hydra_plugins/qlora_sweep.py"
     assert files_below(source / "qlora", "qlora") - {plugin} <= names
     assert "hydra_plugins/qlora_sweep.py" in names  # where Hydra looks for it

@@ -161,6 +161,20 @@ FOREIGN_NAMES = {
     "cfg": "experiment",
     "config": "experiment",
     "random_seed": "seed",
+    **dict.fromkeys(
+        ("rl", "rlhf_type", "loss_type", "loss.loss_type", "loss.type", "pref_loss", "objective.name"), "loss"
+    ),
+    **dict.fromkeys(("beta", "rl_beta", "pref_beta", "dpo_beta", "kto_beta", "orpo_alpha", "loss.alpha"), "loss.beta"),
+    **dict.fromkeys(("simpo_gamma", "loss.simpo_gamma", "loss.margin"), "loss.gamma"),
+    **dict.fromkeys(
+        ("rpo_alpha", "cpo_alpha", "pref_ftx", "loss.rpo_alpha", "loss.cpo_alpha", "loss.pref_ftx"), "loss.sft_weight"
+    ),
+    **dict.fromkeys(("dpo_label_smoothing", "loss.smoothing"), "loss.label_smoothing"),
+    **dict.fromkeys(("kto_desirable_weight", "kto_chosen_weight"), "loss.desirable_weight"),
+    **dict.fromkeys(("kto_undesirable_weight", "kto_rejected_weight"), "loss.undesirable_weight"),
+    **dict.fromkeys(("center_rewards_coefficient", "loss.center_rewards_coefficient"), "loss.center_rewards"),
+    **dict.fromkeys(("ref_model", "loss.ref", "loss.ref_model"), "loss.reference"),
+    "reference_free": "loss.reference=none",
 }
 """Names of the original, of PEFT, transformers and other trainers, and ours: a key, or a choice."""
 
@@ -181,6 +195,15 @@ FOREIGN_OPTIONS = {
         **dict.fromkeys(("check", "diagnose", "env", "info"), "task=doctor"),
         **dict.fromkeys(("import", "translate"), "task=migrate"),
         **dict.fromkeys(("repeat", "reproduce", "rerun"), "task=replay"),
+        **{name: f"task=train loss={name}" for name in ("dpo", "ipo", "orpo", "simpo", "kto", "reward")},
+        **dict.fromkeys(("rm", "reward-model"), "task=train loss=reward"),
+        **dict.fromkeys(("rlhf", "align", "preferences"), "task=train loss=dpo"),
+    },
+    "loss": {
+        **dict.fromkeys(("preference", "preferences", "rlhf", "cdpo", "sigmoid", "pairs"), "loss=dpo"),
+        **dict.fromkeys(("cpo",), "loss=dpo loss.reference=none loss.sft_weight=1"),
+        **dict.fromkeys(("rm", "reward-model", "reward_model", "bradley-terry"), "loss=reward"),
+        **dict.fromkeys(("cross-entropy", "cross_entropy", "ce", "nll", "causal_lm", "none"), "loss=sft"),
     },
     "quantization": {
         **dict.fromkeys(
@@ -209,6 +232,7 @@ FOREIGN_OPTIONS = {
         **dict.fromkeys(("guanaco", "openassistant", "oasst", "openassistant-guanaco"), "data=oasst1"),
         **dict.fromkeys(("own", "custom", "file", "json", "jsonl", "csv", "mine"), "data=local data.path=FILE"),
         **dict.fromkeys(("hh", "anthropic"), "data=hh-rlhf"),
+        **dict.fromkeys(("preferences", "preference", "demo_preferences", "demo-pairs"), "data=demo-preferences"),
         **dict.fromkeys(("sharegpt", "conversations"), "data=local data.path=FILE data.format=conversations"),
         **dict.fromkeys(("chatml", "openai", "messages", "chat"), "data=local data.path=FILE data.format=messages"),
     },

@@ -58,11 +58,14 @@ class DataReport:
     """Empty answers in rows that are kept, held-out rows too: without loss, or with `data.on_empty=train` trained."""
     equal_rows: int
     """Pairs dropped because both sides hold the same tokens."""
+    unordered_rows: int
+    """Pairs dropped because their scores do not put the chosen side first."""
     eval_left_out_rows: int
     eval_dropped_rows: int
     eval_too_long_rows: int
     eval_empty_rows: int
     eval_equal_rows: int
+    eval_unordered_rows: int
     """Held-out rows that are not measured on, for the same reasons."""
     unread: dict[str, int]
     """Columns, and keys of objects in them (`COLUMN.KEY`), that nothing reads: how often they hold something, in rows
@@ -85,13 +88,14 @@ class DataReport:
     @property
     def lost_rows(self) -> int:
         """Rows to train on that are not trained on."""
-        return self.left_out_rows + self.dropped_rows + self.too_long_rows + self.empty_rows + self.equal_rows
+        of_pairs = self.equal_rows + self.unordered_rows
+        return self.left_out_rows + self.dropped_rows + self.too_long_rows + self.empty_rows + of_pairs
 
     @property
     def eval_lost_rows(self) -> int:
         """Held-out rows that are not measured on."""
         unmeasured = self.eval_left_out_rows + self.eval_dropped_rows + self.eval_too_long_rows
-        return unmeasured + self.eval_empty_rows + self.eval_equal_rows
+        return unmeasured + self.eval_empty_rows + self.eval_equal_rows + self.eval_unordered_rows
 
     def describe_held_out(self) -> str:
         """Says how many rows are held out: "4 held out", "2 held out (4, but 2 are dropped)"."""
@@ -136,11 +140,13 @@ def build_report(
         empty_rows=sum(part.empty for part in counts),
         empty_answers=sum(part.empty_answers for part in (*counts, *eval_counts)),
         equal_rows=sum(part.equal for part in counts),
+        unordered_rows=sum(part.unordered for part in counts),
         eval_left_out_rows=sum(part.left_out for part in eval_counts),
         eval_dropped_rows=sum(part.untrained for part in eval_counts),
         eval_too_long_rows=sum(part.too_long for part in eval_counts),
         eval_empty_rows=sum(part.empty for part in eval_counts),
         eval_equal_rows=sum(part.equal for part in eval_counts),
+        eval_unordered_rows=sum(part.unordered for part in eval_counts),
         unread=dict(sum((Counter(part.unread) for part in (*counts, *eval_counts)), Counter())),
         lost_thoughts=sum(part.lost_thoughts for part in counts),
         lost_messages=sum(part.lost_messages for part in counts),
@@ -178,6 +184,7 @@ def log_losses(report: DataReport, config: DataConfig) -> None:
         (report.empty_rows, "rows dropped, their answers are empty (data.on_empty=drop)"),
         (report.left_out_rows, "rows left out by their format"),
         (report.equal_rows, "pairs dropped, both sides are equal"),
+        (report.unordered_rows, "pairs dropped, their scores do not put the chosen side first"),
     )
     _log_counts(losses, f"{report.name}: of {report.train_rows + report.lost_rows:,} rows")
     held_out = (
@@ -186,6 +193,7 @@ def log_losses(report: DataReport, config: DataConfig) -> None:
         (report.eval_empty_rows, "dropped, their answers are empty (data.on_empty=drop)"),
         (report.eval_left_out_rows, "left out by their format"),
         (report.eval_equal_rows, "dropped, both sides are equal"),
+        (report.eval_unordered_rows, "dropped, their scores do not put the chosen side first"),
     )
     _log_counts(held_out, f"{report.name}: of {report.eval_rows + report.eval_lost_rows:,} held-out rows")
     if report.unread:

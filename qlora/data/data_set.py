@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -26,7 +26,8 @@ from qlora.data.batching.token_store import Counts, Job, encode, load_encoded
 from qlora.data.cache import Cache
 from qlora.data.chat.conversations import Conversation
 from qlora.data.chat.templates import Template, choose_template, prompt_template, suggest_thoughts
-from qlora.data.formats.cells import is_unlabelled, label_columns, take_rows
+from qlora.data.formats.cells import take_rows
+from qlora.data.formats.labels import LABELS, is_unlabelled, label_columns, label_number
 from qlora.data.formats.prompts import ALPACA, Example, find_prompt, sides
 from qlora.data.formats.questions import NAME as QUESTIONS
 from qlora.data.formats.questions import choose_questions, is_whole_text
@@ -152,6 +153,7 @@ class RowSet:
                 key=self.part.path_key,
                 reformulations=self.config.reformulations,
                 kind=self.kind,
+                pairs=self.config.pairs,
             )
         except UserError:
             if asking is None:
@@ -282,7 +284,7 @@ class RowSet:
         key = self._key(job, choice)
 
         def tokenize(folder: Path) -> None:
-            _check_labels(rows, choice, label)
+            _check_labels(rows, LABELS if self.kind is RowKind.labelled else choice.format.labels, label)
             encode(job, folder, processes=self.config.num_proc)
 
         folder = self.cache.entry(key, tokenize)
@@ -309,7 +311,10 @@ class RowSet:
         template = f"{self.template_key}={suggest_thoughts(self.tokenizer)} writes them"
         rest = counts.untrained - counts.switched_off - counts.only_thoughts
         losses = (
-            (counts.left_out, "left out by their format (bad answers, or chats in which nobody speaks)"),
+            (
+                counts.left_out,
+                "left out by their format (bad answers, chats in which nobody speaks, or fewer than two with scores)",
+            ),
             (counts.empty, "with empty answers (check which column holds the answers, or set data.on_empty=train)"),
             (
                 counts.switched_off,
@@ -322,6 +327,7 @@ class RowSet:
             (rest, f"without an answer, or one within the lengths ({limits})"),
             (counts.too_long, f"too long ({limits}, or set data.on_too_long=truncate)"),
             (counts.equal, "pairs whose chosen and rejected sides are equal"),
+            (counts.unordered, "pairs whose scores do not put the chosen side first"),
         )
         return "; ".join(f"{count} {what}" for count, what in losses if count)
 
@@ -352,6 +358,7 @@ class RowSet:
             "for_eval": job.for_eval,
             "questions": job.questions,
             "kind": job.kind.value,
+            "pairs": self.config.pairs.value,
             "code": _code_digest(),
         }
         return f"tokens-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"
@@ -367,15 +374,25 @@ class RowSet:
         return hashlib.sha256((content + special).encode()).hexdigest()
 
 
-def _check_labels(rows: Dataset, choice: Choice, label: str) -> None:
-    """Refuses rows without a label of preference beside rows that have one: nothing says whether they are good."""
-    for column in label_columns(rows.column_names, choice.format.labels):
+def _check_labels(rows: Dataset, labels: Sequence[str], label: str) -> None:
+    """Refuses labels of preference that say nothing beside others: missing ones, and 0 beside -1."""
+    for column in label_columns(rows.column_names, labels):
         cells = (
             row[column]
             for start in range(0, len(rows), LABEL_ROWS)
             for row in take_rows(rows.select_columns(column), slice(start, start + LABEL_ROWS))
         )
-        missing = [number for number, cell in enumerate(cells, 1) if is_unlabelled(cell)]
+        missing, first = list[int](), dict[float, int]()
+        for number, cell in enumerate(cells, 1):
+            if is_unlabelled(cell):
+                missing.append(number)
+            elif (value := label_number(cell)) in (0, -1):
+                first.setdefault(value, number)
+        if len(first) == 2:
+            raise DataError(
+                f"{label}, row {first[0]}: column {column} holds 0 where row {first[-1]} holds -1, so that 0 may "
+                "mean bad or neither; write labels as true and false, and leave out rows that are neither"
+            )
         if 0 < len(missing) < len(rows):
             raise DataError(
                 f"{label}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.config.paths import cache_root
 from qlora.config.registries.objectives import RowKind
-from qlora.config.schema import DataConfig, MixConfig
+from qlora.config.schema import DataConfig, MixConfig, Pairs
 from qlora.data.batching.packing import PackedRows, efficiency, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
@@ -21,8 +21,10 @@ from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.templates import Template
 from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
 from qlora.data.data_set import Part, Questions, RowSet
+from qlora.data.formats.scores import NAME as SCORED
 from qlora.data.lost_characters import LostCharacters
-from qlora.errors import DataError
+from qlora.errors import ConfigError, DataError
+from qlora.text import listed
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ def build_data(
     """
     cache = Cache(cache_root(config.cache_dir))
     sets = row_sets(config, tokenizer, cache, kind)
+    _check_pairs(config, sets, kind)
     trained = [part.train() for part in sets] if need_train else []
     evaluated_sets = sets
     if config.eval_path is not None and need_eval:
@@ -148,6 +151,22 @@ def row_sets(
         for part in sets:
             part.total_rows = total
     return sets
+
+
+def _check_pairs(config: DataConfig, sets: Sequence[RowSet], kind: RowKind) -> None:
+    """Refuses `data.pairs=all` where no row gives pairs by scores."""
+    if config.pairs is not Pairs.all:
+        return
+    read = [part.choice.name for part in sets]
+    if kind is not RowKind.pairs:
+        raise ConfigError(
+            "data.pairs=all makes pairs for a loss that compares two answers, such as loss=dpo; leave it out"
+        )
+    if not any(name == SCORED or ":" in name for name in read):
+        raise ConfigError(
+            f"data.pairs=all is read in rows of several answers with scores, and {sets[0].part.path_key} is read as "
+            f"{listed(list(dict.fromkeys(read)))}; leave it out"
+        )
 
 
 def _check_both_labels(sets: Sequence[RowSet], train: Dataset) -> None:

@@ -20,7 +20,7 @@ TOGETHER = 4
 """Prompts are read once this fraction of the slots is free, 1 / 4, or for all that are left."""
 
 
-@dataclass
+@dataclass(eq=False)  # two rows may ask the same
 class Request:
     """A prompt and its answer so far."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora.config.overrides import write_override
 from qlora.errors import ConfigError
-from qlora.migrate import hf_arguments, shared_rules
+from qlora.migrate import hf_arguments, preferences, shared_rules
 from qlora.migrate.axolotl_data import choose_data
 from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
 from qlora.migrate.vocabulary import AXOLOTL_KEYS
@@ -44,12 +44,10 @@ WARMUP_SHARE, MOST_WARMUP = 0.03, 100
 
 
 def _model(settings: Settings) -> Iterator[Part]:
-    for key in ("rl", "reward_model", "process_reward_model"):
-        if settings.take(key):
-            raise ConfigError(
-                f"from: {key}={settings[key]} trains by preferences or rewards; here models are trained on answers "
-                "alone"
-            )
+    if settings.take("process_reward_model"):
+        raise ConfigError("from: process_reward_model=true scores steps of answers; loss=reward scores whole answers")
+    if (method := settings.look("rl")) and str(method) not in METHODS:
+        raise ConfigError(f"from: rl={method} {preferences.GENERATES}")
     base = str(settings.take("base_model", "unset"))
     yield from shared_rules.choose_model(base, "base_model")
     yield from shared_rules.choose_revision(settings.take("revision_of_model"))
@@ -159,6 +157,57 @@ def _intervals(settings: Settings) -> Iterator[Part]:
         yield f"callbacks.early_stopping.patience={patience}"
 
 
+METHODS = ("dpo", "ipo", "kto", "orpo", "simpo")
+LOSS_KEYS = {
+    "beta": "rl_beta", "loss_type": "dpo_loss_type", "loss_weights": "dpo_loss_weights", "rpo_alpha": "rpo_alpha",
+    "label_smoothing": "dpo_label_smoothing", "cpo_alpha": "cpo_alpha", "simpo_gamma": "simpo_gamma",
+    "desirable_weight": "kto_desirable_weight", "undesirable_weight": "kto_undesirable_weight",
+    "center_rewards_coefficient": "center_rewards_coefficient",
+}  # fmt: skip
+"""The names of TRL, each with the one here."""
+UNREAD_LOSS = {
+    "dpo_norm_loss": "log-probabilities are divided by the length with loss.length_normalize alone",
+    "dpo_use_weighting": "all pairs count alike (WPO)",
+}
+
+
+def _loss(settings: Settings) -> Iterator[Part]:
+    """The loss over answers that `rl` or `reward_model` names."""
+    method = "reward" if settings.take("reward_model") else settings.take("rl")
+    values = {name: settings.take(key) for name, key in LOSS_KEYS.items()}
+    more = settings.take("trl", {})
+    alpha = settings.take("orpo_alpha")
+    if method is None:
+        for key in (*LOSS_KEYS.values(), *UNREAD_LOSS, "orpo_alpha"):
+            settings.read.add(key)
+            yield Same("it is read beside rl alone", key)
+        return
+    if isinstance(more, dict):
+        values["beta"] = more.pop("beta", values["beta"])
+        if more:
+            yield Lost(f"{', '.join(more)}: {preferences.NOT_READ}", "trl")
+    if values["beta"] is None and alpha is not None:
+        values["beta"] = alpha
+    if method == "simpo":
+        values["beta"] = 0.1 if values["beta"] is None else values["beta"]
+    if method not in ("dpo", "ipo"):
+        values |= {"loss_type": None, "rpo_alpha": None, "label_smoothing": None}
+    if method == "ipo":
+        values |= {"loss_type": "ipo", "label_smoothing": None}
+    yield from preferences.choose_loss(preferences.Answers(str(method), values, LOSS_KEYS))
+    for key, why in UNREAD_LOSS.items():
+        if settings.take(key):
+            yield Lost(why, key)
+    if method != "reward" and settings.look("lora_dropout"):
+        yield Lost("TRL switches it off where it compares answers, and so does the command", "lora_dropout")
+    yield from preferences.NO_DROPOUT
+    settings.read.add("lora_dropout")
+    if method == "kto" and settings.look("micro_batch_size") == 1:
+        settings.read.add("micro_batch_size")
+        yield "trainer.per_device_train_batch_size=2"
+        yield Lost(preferences.LABEL_ROWS, "micro_batch_size")
+
+
 def _attention(settings: Settings) -> Iterator[Part]:
     name = settings.take("attn_implementation")
     names = {"sdp_attention": "sdpa", "eager_attention": "eager", "flex_attention": "flex_attention"}
@@ -232,6 +281,10 @@ RULES: dict[str, Rule] = {
     "overrides_of_model_kwargs": Lost("set it in the model's own config.json"),
     "rope_scaling": Lost("set it in the model's own config.json"),
     "lora_model_dir": Lost("training begins with a fresh adapter; merge that one first (task=merge)"),
+    **dict.fromkeys(("precompute_ref_log_probs", "dpo_use_logits_to_keep", "dpo_padding_free", "dpo_use_liger_kernel",
+                     "dpo_generate_during_eval", "rl_adapter_ref_model", "num_labels"), Same(shared_rules.SPEED)),
+    "unpaired_dataset": Same("rows are read by their columns"),
+    "ref_model": Lost(preferences.REFERENCE_MODEL),
     "lora_fan_in_fan_out": OnlyIf((False,), "PEFT finds it by itself"),
     "base_model_config": Same("the config in the model's own folder is taken"),
     "hub_model_id": Lost(shared_rules.PUSH),
@@ -300,5 +353,5 @@ AXOLOTL = Dialect(
     defaults=DEFAULTS,
     fixed=FIXED,
     rules=RULES,
-    joints=(_model, _bits, _lora, _length, _intervals, choose_data, _attention, _tracking),
+    joints=(_model, _bits, _lora, _length, _intervals, choose_data, _loss, _attention, _tracking),
 )

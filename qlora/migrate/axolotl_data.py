@@ -9,7 +9,7 @@ from qlora.config.overrides import write_override
 from qlora.config.registries.chat_keys import ROLES, SWITCHES, THOUGHT_KEYS
 from qlora.config.registries.chat_templates import TEMPLATES
 from qlora.errors import did_you_mean
-from qlora.migrate import shared_rules
+from qlora.migrate import axolotl_answers, shared_rules
 from qlora.migrate.translation import Lost, Part, Same, Settings, is_unset
 from qlora.migrate.vocabulary import keys
 
@@ -74,9 +74,11 @@ def choose_data(settings: Settings) -> Iterator[Part]:
     if not sets:
         entries = [{"type": "pretrain", **(entry if isinstance(entry, dict) else {"path": str(entry)})}
                    for entry in entries]  # fmt: skip
+    method = "reward" if settings.look("reward_model") else settings.look("rl")
     parts: list[dict[str, Any]] = []
     for number, entry in enumerate(entries):
-        more, notes = _parts(entry if isinstance(entry, dict) else {"path": str(entry)}, f"{key}[{number}]")
+        entry = entry if isinstance(entry, dict) else {"path": str(entry)}
+        more, notes = _parts(entry, f"{key}[{number}]", method)
         yield from notes
         parts += more
     if not parts:
@@ -95,16 +97,16 @@ def choose_data(settings: Settings) -> Iterator[Part]:
         settings.read.add("group_by_length")
     if settings.take("train_on_inputs"):
         yield "data.train_on=all"
-    yield from _held_out(settings, parts)
+    yield from _held_out(settings, parts, method)
 
 
-def _held_out(settings: Settings, parts: list[dict[str, Any]]) -> Iterator[Part]:
+def _held_out(settings: Settings, parts: list[dict[str, Any]], method: str | None) -> Iterator[Part]:
     tests, size = settings.take("test_datasets"), float(settings.take("val_set_size"))
     if not tests:
         yield from shared_rules.hold_out(size)
         return
     entry = tests[0] if isinstance(tests, list) else {"path": tests}
-    held_out, notes = _parts(entry, "test_datasets[0]")
+    held_out, notes = _parts(entry, "test_datasets[0]", method)
     yield from notes
     held_out[0].pop("template", None)
     yield from shared_rules.measure_on(held_out[0], parts, "test_datasets")
@@ -112,10 +114,13 @@ def _held_out(settings: Settings, parts: list[dict[str, Any]]) -> Iterator[Part]
         yield Lost("one set is measured: join the others to it in a file", "test_datasets")
 
 
-def _parts(entry: Mapping[str, Any], key: str) -> tuple[list[dict[str, Any]], list[Part]]:
-    """Returns an entry of `datasets` with our field names, once for each of its files, and what of it was lost."""
+def _parts(entry: Mapping[str, Any], key: str, method: str | None) -> tuple[list[dict[str, Any]], list[Part]]:
+    """Returns an entry of `datasets` with our field names, once for each of its files, and what of it was lost.
+
+    `method` is that of a loss over answers, if the config has one.
+    """
     settings = Settings(entry)
-    part, notes = _form(settings, key)
+    part, notes = _form(settings, key, method)
     files, path = settings.take("data_files"), settings.take("path")
     is_local = bool(files) and path in FILE_TYPES
     settings.read.add("ds_type")
@@ -137,8 +142,11 @@ def _parts(entry: Mapping[str, Any], key: str) -> tuple[list[dict[str, Any]], li
     return [{"path": path if path is not None else "rows.jsonl", **part}], notes
 
 
-def _form(settings: Settings, key: str) -> tuple[dict[str, Any], list[Part]]:
+def _form(settings: Settings, key: str, method: str | None) -> tuple[dict[str, Any], list[Part]]:
     """Returns the format of an entry with its columns and its template."""
+    if method is not None and (answers := axolotl_answers.read_form(settings, str(method))) is not None:
+        settings.read.add("type")
+        return answers, []
     kind, notes = settings.take("type"), list[Part]()
     if isinstance(kind, dict):
         names = {"instruction": "instruction", "input": "input", "output": "output", "system": "system"}
@@ -168,6 +176,9 @@ def _form(settings: Settings, key: str) -> tuple[dict[str, Any], list[Part]]:
 def _turns(settings: Settings, part: dict[str, Any], key: str) -> Iterator[Part]:
     """What an entry says of the turns of a chat, and which of them are trained."""
     columns: dict[str, str] = part.get("columns", {})
+    if part["format"] == axolotl_answers.CHATS:
+        yield from _mapping(dict(settings.take("message_property_mappings", {})), key)
+        yield from _roles(settings, key)
     if part["format"] in CHAT:
         column = str(settings.take("field_messages", part["format"]))
         mapping = dict(settings.take("message_property_mappings", {}))
@@ -244,8 +255,9 @@ def _templates(settings: Settings, parts: list[dict[str, Any]]) -> Any:
     overall = settings.take("chat_template"), settings.take("chat_template_jinja")
     used: list[str] = []
     for part in parts:
-        name, jinja = part.pop("template", None) or overall
-        if part["format"] in CHAT:
+        template = part.pop("template", None)
+        name, jinja = template or overall
+        if part["format"] in CHAT or part["format"] == axolotl_answers.CHATS or template:
             ours = yield from _template(name, jinja)
             part["template"] = ours
             used.append(ours)

@@ -11,12 +11,17 @@ from typing import Any
 from qlora.errors import ConfigError, DataError
 from qlora.migrate.translation import read_number
 
+TRL_SCRIPTS = {**{name: name for name in ("dpo", "kto", "orpo", "cpo", "reward")}, "reward_modeling": "reward"}
+"""The names of TRL's scripts that train from preferences, each with its method."""
 STARTS: dict[tuple[str, ...], str] = {
     ("qlora.py",): "qlora.py",
     ("trl", "sft"): "TRL",
     ("scripts/sft.py",): "TRL",
+    **{("trl", method): f"TRL's {method}" for method in ("dpo", "kto", "orpo", "cpo", "reward")},
+    **{(f"{script}.py",): f"TRL's {method}" for script, method in TRL_SCRIPTS.items()},
     ("swift", "sft"): "ms-swift",
     ("swift", "pt"): "ms-swift",
+    ("swift", "rlhf"): "ms-swift",
     ("sft.py",): "",
     ("llamafactory-cli", "train"): "LLaMA-Factory",
     ("lmf", "train"): "LLaMA-Factory",
@@ -25,8 +30,8 @@ STARTS: dict[tuple[str, ...], str] = {
 CONFIG_STARTS = (("axolotl", "train"), ("-m", "axolotl.cli.train"), ("tune", "run"))
 """What starts a training run whose settings stand in a YAML."""
 OTHER_TASKS = {
-    "trl": ("dpo", "grpo", "kto", "orpo", "ppo", "reward", "rloo"),
-    "swift": ("rlhf", "infer", "export", "deploy", "eval", "app", "sample"),
+    "trl": ("grpo", "ppo", "rloo", "gkd", "online_dpo", "nash_md", "xpo"),
+    "swift": ("infer", "export", "deploy", "eval", "app", "sample"),
     "llamafactory-cli": ("export", "chat", "webui", "api", "webchat"),
     "megatron": ("sft", "pt", "rlhf"),
 }

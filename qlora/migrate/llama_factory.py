@@ -7,12 +7,13 @@ from typing import Any
 
 from qlora.config.overrides import write_override
 from qlora.errors import ConfigError
-from qlora.migrate import hf_arguments, shared_rules
+from qlora.migrate import hf_arguments, preferences, shared_rules
 from qlora.migrate.llama_factory_data import choose_data
 from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Pick, Rule, Same, Settings
 from qlora.migrate.vocabulary import FACTORY_KEYS, TRAINING_ARGUMENTS
 
-STAGES = ("sft", "pt")
+STAGES = {"sft": None, "pt": None, "dpo": "dpo", "kto": "kto", "rm": "reward"}
+"""What is trained, each with its method where it is a loss over answers."""
 DEFAULTS: dict[str, Any] = {
     **hf_arguments.DEFAULTS,
     "stage": "sft",
@@ -29,6 +30,12 @@ DEFAULTS: dict[str, Any] = {
     "mix_strategy": "concat",
     "enable_thinking": True,
     "gradient_checkpointing": True,
+    "pref_beta": 0.1,
+    "pref_ftx": 0.0,
+    "pref_loss": "sigmoid",
+    "kto_chosen_weight": 1.0,
+    "kto_rejected_weight": 1.0,
+    "simpo_gamma": 0.5,
 }
 """Of 0.9.6; it turns gradient checkpointing on by itself."""
 ANSWERS: dict[str, Any] = {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 1024}
@@ -37,9 +44,7 @@ ANSWERS: dict[str, Any] = {"do_sample": True, "temperature": 0.95, "top_p": 0.7,
 
 def _model(settings: Settings) -> Iterator[Part]:
     if (stage := str(settings.take("stage"))) not in STAGES:
-        raise ConfigError(
-            f"from: stage={stage} trains by preferences or rewards; here models are trained on answers alone (sft, pt)"
-        )
+        raise ConfigError(f"from: stage={stage} {preferences.GENERATES}")
     if settings.look("export_dir") and not (settings.look("dataset") or settings.look("do_train")):
         raise ConfigError("from: export_dir merges an adapter, and trains nothing; here task=merge adapter=FOLDER does")
     yield from shared_rules.choose_model(str(settings.take("model_name_or_path", "unset")), "model_name_or_path")
@@ -94,12 +99,69 @@ def _optimizer(settings: Settings) -> Iterator[Part]:
         yield f"callbacks.early_stopping.patience={steps}"
 
 
+PAIR_LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+LOSS_KEYS = {
+    "beta": "pref_beta", "label_smoothing": "dpo_label_smoothing", "loss_type": "pref_loss", "rpo_alpha": "pref_ftx",
+    "desirable_weight": "kto_chosen_weight", "undesirable_weight": "kto_rejected_weight", "cpo_alpha": "pref_ftx",
+    "simpo_gamma": "simpo_gamma",
+}  # fmt: skip
+"""The names of TRL, each with the one here."""
+
+
+def _loss(settings: Settings) -> Iterator[Part]:
+    """The loss over answers of the stages dpo, kto and rm."""
+    method = STAGES[str(settings.look("stage"))]
+    if method is None:
+        for key in (*LOSS_KEYS.values(), "pref_bco_weight", "ld_alpha"):
+            settings.take(key)
+            yield Same("it is read by the stages dpo and kto alone", key)
+        return
+    kind, ftx = str(settings.take("pref_loss")), float(settings.take("pref_ftx"))
+    values = {name: settings.take(key) for name, key in LOSS_KEYS.items() if name != "loss_type"}
+    if method == "dpo":
+        method = PAIR_LOSSES.get(kind, "dpo")
+        if kind not in PAIR_LOSSES:
+            yield Lost(f"{kind} is not here: loss=dpo is trained in its place", "pref_loss")
+    yield from preferences.choose_loss(preferences.Answers(method, values, LOSS_KEYS))
+    if method == "orpo":
+        yield Lost("the likelihood is that of the chosen answer there, here that of its prompt too, as ORPO's authors "
+                   "have it", "pref_loss")  # fmt: skip
+    if ftx and method in ("orpo", "kto", "reward"):
+        yield Lost(f"loss={method} adds no cross entropy of chosen answers here", "pref_ftx")
+    if settings.take("pref_bco_weight"):
+        yield Lost(preferences.NOT_READ, "pref_bco_weight")
+    if settings.take("ld_alpha") is not None:
+        yield Lost("all tokens of an answer count alike", "ld_alpha")
+    for key in ("ref_model", "ref_model_adapters", "ref_model_quantization_bit"):
+        if settings.take(key) is not None:
+            yield Lost(preferences.REFERENCE_MODEL, key)
+    if method != "reward":
+        if settings.take("lora_dropout"):
+            yield Lost("dropout is off there where answers are compared, and so it is in the command", "lora_dropout")
+        yield from preferences.NO_DROPOUT
+    if method == "kto" and settings.look("per_device_train_batch_size") == 1:
+        settings.read.add("per_device_train_batch_size")
+        yield "trainer.per_device_train_batch_size=2"
+        yield Lost(preferences.LABEL_ROWS, "per_device_train_batch_size")
+
+
+def _start(settings: Settings) -> Iterator[Part]:
+    """The adapter that a loss over answers trains further; its reference is the base there."""
+    adapter, loss = settings.look("adapter_name_or_path"), str(settings.look("pref_loss"))
+    yield write_override("lora.start", adapter)
+    if str(settings.look("stage")) == "kto" or loss not in ("orpo", "simpo"):
+        yield "loss.reference=base"
+
+
 def _task(settings: Settings) -> Iterator[Part]:
     trains, predicts = settings.take("do_train"), settings.take("do_predict")
     adapter = settings.take("adapter_name_or_path")
     answers = {name: settings.take(name) for name in ANSWERS}
     if trains or not predicts:
-        if adapter:
+        is_one = isinstance(adapter, str) and "," not in adapter and not settings.look("create_new_adapter")
+        if is_one and STAGES[str(settings.look("stage"))] in ("dpo", "kto"):
+            yield from _start(settings)
+        elif adapter:
             yield Lost(
                 "training begins with a fresh adapter; merge it first (task=merge), and train on that",
                 "adapter_name_or_path",
@@ -168,7 +230,7 @@ FACTORY = Dialect(
     defaults=DEFAULTS,
     fixed=hf_arguments.FIXED,
     rules=RULES,
-    joints=(_model, _bits, _lora, hf_arguments.schedule, _optimizer, choose_data, _task),
+    joints=(_model, _bits, _lora, hf_arguments.schedule, _optimizer, choose_data, _loss, _task),
     prefixes={prefix: Lost("there is no such option here") for prefix in ("galore_", "apollo_", "badam_", "freeze_",
               "ray_", "fp8", "oft_", "pref_", "swanlab_", "kt_", "vllm_", "infer_", "sglang_", "profiler_")},
 )  # fmt: skip

@@ -14,11 +14,13 @@ from qlora.migrate import shared_rules
 from qlora.migrate.translation import Lost, Part, Settings, is_unset
 
 CHAT = "qlora.data.formats.as_chat:from_alpaca"
+PAIRS = "qlora.data.formats.as_chat:from_pair"
+RANKED = ("chosen", "rejected")
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system"}
 TURN_KEYS = {"role_tag": ("from", "role"), "content_tag": ("value", "content")}
 SPEAKERS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"}
 MEDIA = ("images", "videos", "audios")
-READ = ("file_name", "hf_hub_url", "formatting", "subset", "split", "columns", "tags", "num_samples")
+READ = ("ranking", "file_name", "hf_hub_url", "formatting", "subset", "split", "columns", "tags", "num_samples")
 """The keys of an entry of the registry that are read here."""
 TEMPLATES = {
     **{name: name for name in ("alpaca", "chatml", "gemma", "qwen")},
@@ -132,6 +134,7 @@ class _Registry:
 
     def __init__(self, settings: Settings, *, is_text: bool) -> None:
         self.folder, self.is_text = Path(str(settings.take("dataset_dir"))), is_text
+        self.stage = str(settings.look("stage"))
         self.is_online = str(self.folder) == "ONLINE"
         self.sets: dict[str, dict[str, Any]] = {}
         for parent in (self.folder, Path(str(settings.look("folder of the file", "."))) / self.folder):
@@ -156,6 +159,7 @@ class _Registry:
         turns = entry.get("formatting") in ("sharegpt", "openai")
         notes = list(self._text(part, entry, columns) if self.is_text else
                      _turns(part, entry, columns, tags) if turns else _alpaca(part, columns))  # fmt: skip
+        notes += self._ranking(part, entry)
         notes += [Lost(shared_rules.NO_MEDIA, f"columns.{column}") for column in MEDIA if columns.get(column)]
         if "num_samples" in entry:
             notes.append(Lost("rows are drawn at random there; here the first ones are taken", "num_samples"))
@@ -167,6 +171,25 @@ class _Registry:
         for note in notes:
             assert isinstance(note, Lost)
         return part, [Lost(note.why, f"{name}.{note.key}") for note in notes if isinstance(note, Lost)]
+
+    def _ranking(self, part: dict[str, Any], entry: Mapping[str, Any]) -> Iterator[Part]:
+        """How the rows of a set of pairs are read, and whether they fit the stage."""
+        ranked, compares = bool(entry.get("ranking")), self.stage in ("dpo", "rm")
+        if ranked or (compares and not entry):
+            turns = part["format"] != CHAT
+            if turns:
+                columns = part.get("columns", {})
+                columns["conversations"] = columns.pop(part["format"], part["format"])
+                part["columns"] = {role: column for role, column in columns.items() if role != column}
+            part["format"] = "chosen" if turns else PAIRS
+            if not part.get("columns"):
+                part.pop("columns", None)
+        if ranked and not compares:
+            yield Lost(
+                f"its rows are pairs, and stage={self.stage} reads one answer each: the chosen one is", "ranking"
+            )
+        elif compares and entry and not ranked:
+            yield Lost(f"it is not set, and stage={self.stage} compares two answers: give rows of pairs", "ranking")
 
     def _text(self, part: dict[str, Any], entry: Mapping[str, Any], columns: Mapping[str, Any]) -> Iterator[Part]:
         """A set of documents: what Alpaca's form calls the prompt is the text."""
@@ -183,14 +206,13 @@ class _Registry:
 
 def _alpaca(part: dict[str, Any], columns: Mapping[str, Any]) -> Iterator[Part]:
     part["format"] = CHAT
-    renamed = {COLUMNS[role]: column for role, column in columns.items() if role in COLUMNS and column}
+    names = {**COLUMNS, **{role: role for role in (*RANKED, "kto_tag")}}
+    renamed = {names[role]: column for role, column in columns.items() if role in names and column}
     if renamed := {role: column for role, column in renamed.items() if role != column}:
         part["columns"] = renamed
     for role in columns:
-        if role not in COLUMNS and role not in MEDIA and columns[role]:
-            known = role == "kto_tag" and columns[role] == "kto_tag"
-            if not known:
-                yield Lost("rows of this form have no such column here", f"columns.{role}")
+        if role not in names and role not in MEDIA and columns[role]:
+            yield Lost("rows of this form have no such column here", f"columns.{role}")
 
 
 def _turns(
@@ -199,11 +221,11 @@ def _turns(
     is_openai = tags.get("role_tag") == "role" or entry["formatting"] == "openai"
     part["format"] = "messages" if is_openai else "conversations"
     renamed = {part["format"]: columns.get("messages") if columns else "conversations"}
-    renamed |= {role: columns.get(role) for role in ("system", "tools")}
+    renamed |= {role: columns.get(role) for role in ("system", "tools", *RANKED, "kto_tag")}
     if renamed := {role: column for role, column in renamed.items() if column and role != column}:
         part["columns"] = renamed
     for role in columns:
-        if role not in ("messages", "system", "tools", *MEDIA) and columns[role] not in (None, "label", "kto_tag"):
+        if role not in ("messages", "system", "tools", "kto_tag", *RANKED, *MEDIA) and columns[role]:
             yield Lost("rows of this form have no such column here", f"columns.{role}")
     for tag, value in tags.items():
         known = value in TURN_KEYS[tag] if tag in TURN_KEYS else _speaks(tag, str(value))

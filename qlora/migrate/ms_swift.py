@@ -1,4 +1,4 @@
-"""The arguments of ms-swift's `swift sft` and `swift pt`."""
+"""The arguments of ms-swift's `swift sft`, `swift pt` and `swift rlhf`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.overrides import write_override
-from qlora.migrate import hf_arguments, shared_rules
+from qlora.errors import ConfigError
+from qlora.migrate import hf_arguments, preferences, shared_rules
 from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Rule, Same, Settings
 from qlora.migrate.vocabulary import SWIFT_KEYS, TRAINING_ARGUMENTS
 
@@ -61,6 +62,8 @@ HUB = "ids are of ModelScope there; the hub of Hugging Face is asked here"
 
 
 def _model(settings: Settings) -> Iterator[Part]:
+    if (method := settings.look("rlhf_type")) not in (None, *METHODS):
+        raise ConfigError(f"from: rlhf_type={method} {preferences.GENERATES}")
     name = settings.take("model") or settings.take("model_id_or_path") or settings.take("model_id")
     yield from shared_rules.choose_model(str(name or "unset"), "model")
     yield from shared_rules.choose_revision(settings.take("model_revision"))
@@ -207,6 +210,47 @@ def _held_out(
         yield from hf_arguments.every("eval", strategy, settings, settings.look("save_steps"))
 
 
+METHODS = ("dpo", "kto", "orpo", "cpo", "simpo", "rm")
+LOSS_KEYS = ("beta", "label_smoothing", "loss_type", "loss_weights", "rpo_alpha", "cpo_alpha", "simpo_gamma",
+             "desirable_weight", "undesirable_weight", "center_rewards_coefficient")  # fmt: skip
+
+
+def _loss(settings: Settings) -> Iterator[Part]:
+    """The loss over answers of `swift rlhf`."""
+    method = settings.take("rlhf_type")
+    if method is None:
+        return
+    values = {name: settings.take(name) for name in LOSS_KEYS}
+    if method in ("cpo", "simpo"):
+        values["simpo_gamma"] = 1.0 if values["simpo_gamma"] is None else values["simpo_gamma"]
+    elif method not in ("dpo", "kto"):
+        values["loss_type"] = None
+    yield from preferences.choose_loss(preferences.Answers(str(method), values))
+    if method != "rm" and _tuner(settings) == "full":
+        yield Lost(
+            "the reference is a second model there: an adapter is trained here, or loss.reference=none", "ref_model"
+        )
+    for key in ("ref_model", "ref_model_type", "ref_model_revision"):
+        if settings.take(key) is not None:
+            yield Lost(preferences.REFERENCE_MODEL, key)
+    adapters, references = _listed(settings.take("adapters")), _listed(settings.take("ref_adapters"))
+    if adapters and method != "rm":
+        yield write_override("lora.start", str(adapters[0]))
+        if method in ("dpo", "kto"):
+            yield f"loss.reference={'start' if references else 'base'}"
+        if len(adapters) > 1:
+            yield Lost("one adapter is trained further: merge the others first (task=merge)", "adapters")
+    if references and references != adapters:
+        yield Lost(preferences.REFERENCE_MODEL, "ref_adapters")
+    if settings.take("ld_alpha") is not None:
+        yield Lost("all tokens of an answer count alike", "ld_alpha")
+    if method == "kto" and settings.look("per_device_train_batch_size") == 1:
+        settings.read.add("per_device_train_batch_size")
+        yield "trainer.per_device_train_batch_size=2"
+        yield "trainer.gradient_accumulation_steps=8"
+        yield Lost(preferences.LABEL_ROWS, "per_device_train_batch_size")
+
+
 RULES: dict[str, Rule] = hf_arguments.RULES | {
     "lora_rank": Move("lora.r"),
     "lora_alpha": Move("lora.alpha"),
@@ -263,7 +307,10 @@ SWIFT = Dialect(
     defaults=DEFAULTS,
     fixed=hf_arguments.FIXED,
     rules=RULES,
-    joints=(_model, _bits, hf_arguments.schedule, _steps, _data),
+    joints=(_model, _bits, hf_arguments.schedule, _steps, _data, _loss),
 )
-PRETRAINING: dict[str, Any] = {"use_chat_template": False, "loss_scale": "all"}
-"""What `swift pt` sets where it is not given."""
+OF_COMMAND: dict[tuple[str, ...], dict[str, Any]] = {
+    ("swift", "pt"): {"use_chat_template": False, "loss_scale": "all"},
+    ("swift", "rlhf"): {"rlhf_type": "dpo"},
+}
+"""What a command sets where it is not given."""

@@ -11,16 +11,17 @@ from qlora.errors import DataError
 from qlora.migrate.axolotl import AXOLOTL
 from qlora.migrate.commands import read_command
 from qlora.migrate.llama_factory import FACTORY
-from qlora.migrate.ms_swift import PRETRAINING, SWIFT
+from qlora.migrate.ms_swift import OF_COMMAND, SWIFT
 from qlora.migrate.original import QLORA
 from qlora.migrate.torchtune import TORCHTUNE
 from qlora.migrate.torchtune_data import COMPONENT
 from qlora.migrate.translation import Dialect
 from qlora.migrate.trl import TRL
+from qlora.migrate.trl_preferences import METHODS, dialect_of
 from qlora.migrate.vocabulary import TRAINING_ARGUMENTS
 from qlora.text import listed
 
-DIALECTS = (QLORA, AXOLOTL, FACTORY, TORCHTUNE, TRL, SWIFT)
+DIALECTS = (QLORA, AXOLOTL, FACTORY, TORCHTUNE, TRL, *METHODS.values(), SWIFT)
 IN_YAML, IN_ARGUMENTS = (AXOLOTL, FACTORY, TRL, SWIFT), (QLORA, TRL, SWIFT, FACTORY)
 """Torchtune's YAML is told by its components."""
 OTHERS = {
@@ -57,9 +58,9 @@ def recognise(path: Path) -> tuple[Dialect, dict[str, Any]]:
         raise DataError(f"from={path} is not UTF-8 text; give a script or a YAML") from None
     if path.suffix not in (".yaml", ".yml", ".json") and (command := read_command(text)) is not None:
         owner, start, arguments = command
-        dialect = next((dialect for dialect in IN_ARGUMENTS if dialect.name == owner), None)
+        dialect = next((dialect for dialect in DIALECTS if dialect.name == owner), None)
         dialect = dialect or _by_keys(path, arguments, IN_ARGUMENTS)
-        more = PRETRAINING if start == ("swift", "pt") else {}
+        more = OF_COMMAND.get(start, {})
         return dialect, {**more, **_switches(dialect, arguments)}
     tree = read_yaml(path)
     if isinstance(tree, list) and tree and all(isinstance(row, dict) for row in tree):
@@ -88,7 +89,7 @@ def _by_keys(path: Path, settings: Mapping[str, Any], dialects: Sequence[Dialect
             f"from={path} may be of {listed(names)}: its keys are theirs; begin the command with its program, or "
             f"add a key that only one of them has, such as {listed([SIGNS[name] for name in names])}"
         )
-    return best[0]
+    return dialect_of(settings) if best[0] is TRL else best[0]
 
 
 SIGNS = {"qlora.py": "bits", "TRL": "dataset_name", "LLaMA-Factory": "finetuning_type", "ms-swift": "tuner_type",

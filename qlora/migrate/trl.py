@@ -1,4 +1,4 @@
-"""The YAML and the arguments of TRL's `trl sft`."""
+"""The YAML and the arguments of TRL's `trl sft`; `trl_preferences` has its losses over answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from qlora.config.overrides import write_override
 from qlora.migrate import hf_arguments, shared_rules
 from qlora.migrate.translation import Dialect, Lost, Move, OnlyIf, Part, Rule, Same, Settings
-from qlora.migrate.vocabulary import TRAINING_ARGUMENTS, TRL_KEYS
+from qlora.migrate.vocabulary import TRAINING_ARGUMENTS, TRL_KEYS, TRL_PREFERENCE_KEYS
 
 DEFAULTS: dict[str, Any] = {
     **hf_arguments.DEFAULTS,
@@ -37,12 +37,14 @@ ENTRY_KEYS = ("path", "name", "split", "data_files", "data_dir", "columns", "fra
 FILE_TYPES = ("json", "csv", "parquet", "text")
 
 
-def _model(settings: Settings) -> Iterator[Part]:
+def choose_base(settings: Settings) -> Iterator[Part]:
+    """Yields the base model."""
     yield from shared_rules.choose_model(str(settings.take("model_name_or_path", "unset")), "model_name_or_path")
     yield from shared_rules.choose_revision(settings.take("model_revision"))
 
 
-def _bits(settings: Settings) -> Iterator[Part]:
+def choose_bits(settings: Settings) -> Iterator[Part]:
+    """Yields the bits of the base, its precision and that of the adapter."""
     lora = bool(settings.take("use_peft"))
     four, eight = bool(settings.take("load_in_4bit")), bool(settings.take("load_in_8bit"))
     fp16, bf16 = settings.take("fp16"), settings.take("bf16")
@@ -60,7 +62,8 @@ def _bits(settings: Settings) -> Iterator[Part]:
         yield "lora.dtype=bf16"
 
 
-def _lora(settings: Settings) -> Iterator[Part]:
+def choose_lora(settings: Settings) -> Iterator[Part]:
+    """Yields the layers that get an adapter."""
     named, parameters = settings.take("lora_target_modules"), settings.take("lora_target_parameters")
     if not settings.look("use_peft"):
         return
@@ -72,10 +75,11 @@ def _lora(settings: Settings) -> Iterator[Part]:
         yield from shared_rules.choose_parameters(parameters, settings.look("lora_r"), "lora_target_parameters")
 
 
-def _data(settings: Settings) -> Iterator[Part]:
+def read_sets(settings: Settings) -> tuple[list[dict[str, Any]], list[Part]]:
+    """Returns the sets to train on, as fields of `data.mix`, and what of them was lost."""
     entries, name = settings.take("datasets"), settings.take("dataset_name")
     subset, split = settings.take("dataset_config"), settings.take("dataset_train_split")
-    text, notes = str(settings.take("dataset_text_field")), list[Part]()
+    notes = list[Part]()
     if entries:
         parts = []
         for number, entry in enumerate(entries):
@@ -88,17 +92,24 @@ def _data(settings: Settings) -> Iterator[Part]:
             {key: value for key, value in named.items() if value is not None and (key, value) != ("split", "train")}
         ]
         if name is None:
-            yield Lost("no rows are named: give data.path=FILE", "dataset_name")
+            notes.append(Lost("no rows are named: give data.path=FILE", "dataset_name"))
+    return parts, notes
+
+
+def _data(settings: Settings) -> Iterator[Part]:
+    parts, notes = read_sets(settings)
     yield from notes
+    text = str(settings.take("dataset_text_field"))
     for part in parts:
         part["format"] = "text" if text != "text" else "auto"
         if text != "text":
             part["columns"] = {"text": text}
     yield from shared_rules.mix(parts)
-    yield from _lengths(settings)
+    yield from choose_length(settings)
+    yield from _packing(settings)
     yield from _loss(settings)
-    yield from _template(settings)
-    yield from _held_out(settings, parts)
+    yield from choose_template(settings)
+    yield from hold_out(settings, parts)
 
 
 def _part(entry: dict[str, Any], key: str) -> tuple[dict[str, Any], list[Part]]:
@@ -125,7 +136,8 @@ def _part(entry: dict[str, Any], key: str) -> tuple[dict[str, Any], list[Part]]:
     return part, notes
 
 
-def _lengths(settings: Settings) -> Iterator[Part]:
+def choose_length(settings: Settings) -> Iterator[Part]:
+    """Yields the longest row, and how a longer one is cut."""
     length = settings.take("max_seq_length") or settings.take("max_length")
     settings.read.add("max_length")
     explicit = "max_length" in settings and settings["max_length"] is None
@@ -133,6 +145,9 @@ def _lengths(settings: Settings) -> Iterator[Part]:
     if settings.take("truncation_mode") == "keep_end":
         yield Lost("a row that is too long loses the beginning of its prompt, then the end of its answer",
                    "truncation_mode")  # fmt: skip
+
+
+def _packing(settings: Settings) -> Iterator[Part]:
     strategy = str(settings.take("packing_strategy"))
     if settings.take("packing"):
         yield "data.packing=true"
@@ -157,7 +172,8 @@ def _loss(settings: Settings) -> Iterator[Part]:
                    "completion there: set data.train_on=assistant for them", "completion_only_loss")  # fmt: skip
 
 
-def _template(settings: Settings) -> Iterator[Part]:
+def choose_template(settings: Settings) -> Iterator[Part]:
+    """Yields the chat template."""
     path = settings.take("chat_template_path")
     if path is not None and str(path).endswith((".jinja", ".j2")):
         yield write_override("data.template", str(path))
@@ -171,7 +187,8 @@ def _template(settings: Settings) -> Iterator[Part]:
                    "as data.template=chatml", "eos_token")  # fmt: skip
 
 
-def _held_out(settings: Settings, parts: list[dict[str, Any]]) -> Iterator[Part]:
+def hold_out(settings: Settings, parts: list[dict[str, Any]]) -> Iterator[Part]:
+    """Yields the rows to measure on."""
     size, split = settings.take("test_split_size"), settings.take("dataset_test_split")
     if hf_arguments.evaluates(settings) == "no":
         yield from shared_rules.hold_out(0)
@@ -210,9 +227,9 @@ TRL = Dialect(
     name="TRL",
     version="1.10",
     model_key="model_name_or_path",
-    keys=TRAINING_ARGUMENTS | TRL_KEYS,
+    keys=TRAINING_ARGUMENTS | TRL_KEYS | TRL_PREFERENCE_KEYS,
     defaults=DEFAULTS,
     fixed=hf_arguments.FIXED,
     rules=RULES,
-    joints=(_model, _bits, _lora, hf_arguments.schedule, _data),
+    joints=(choose_base, choose_bits, choose_lora, hf_arguments.schedule, _data),
 )

@@ -191,6 +191,17 @@ TRL_KEYS = keys(
     """
 )
 """The arguments of `trl sft` beside those of transformers, and those of older versions."""
+TRL_PREFERENCE_KEYS = keys(
+    """
+    alpha beta center_rewards_coefficient cpo_alpha desirable_weight disable_dropout discopop_tau
+    f_alpha_divergence_coef f_divergence_type force_use_ref_model generate_during_eval is_encoder_decoder
+    label_pad_token_id label_smoothing ld_alpha loss_weights max_completion_length max_prompt_length max_target_length
+    model_adapter_name padding_value precompute_ref_batch_size precompute_ref_log_probs ref_adapter_name
+    ref_model_mixup_alpha ref_model_sync_steps reference_free rpo_alpha simpo_gamma sync_ref_model tools
+    undesirable_weight use_logits_to_keep use_weighting
+    """
+)
+"""Those of `trl dpo`, `kto`, `orpo`, `cpo` and `reward`, and those of older versions."""
 
 SWIFT_KEYS = keys(
     """
@@ -229,6 +240,8 @@ SWIFT_KEYS = keys(
     custom_train_dataset_path lora_lr_ratio lora_target_modules max_steps num_train_epochs check_dataset_strategy
     train_dataset_sample template_type eval_human dtype use_flash_attn attn_impl self_cognition_sample
     dataset_test_ratio quantization_bit
+    rlhf_type ref_model ref_adapters ref_model_type ref_model_revision beta label_smoothing rpo_alpha ld_alpha
+    discopop_tau loss_weights cpo_alpha simpo_gamma desirable_weight undesirable_weight center_rewards_coefficient
     """
 )
 """The arguments of `swift sft` beside those of transformers, and those of older versions."""

@@ -35,6 +35,7 @@ ADDED_KEYS: dict[str, Any] = {
     "quantization.method": "auto",
     "quantization.experts": "same",
     "data.max_samples": None,
+    "data.pairs": "best-worst",
     "lora.start": None,
     "lora.experts": "auto",
     "lora.expert_r": None,

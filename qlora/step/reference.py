@@ -15,6 +15,7 @@ class ReferenceWeights:
     """Values of the trained parameters that the model takes on inside a block, without dropout.
 
     The tensors change places and nothing is copied, so a pass with the reference costs no memory but for these values.
+    Autocast keeps what it has cast by the parameter, whatever that holds: it forgets it where the values change.
     An adapter whose B matrices are 0 adds exactly 0: with these the model is its base.
     """
 
@@ -33,6 +34,7 @@ class ReferenceWeights:
         rates = [experts.dropout for experts in fast]
         for parameter, value in self.values:
             parameter.data = value
+        torch.clear_autocast_cache()
         for module in dropping:
             module.training = False
         for experts in fast:
@@ -42,6 +44,7 @@ class ReferenceWeights:
         finally:
             for (parameter, _), value in zip(self.values, trained, strict=True):
                 parameter.data = value
+            torch.clear_autocast_cache()
             for module in dropping:
                 module.training = True
             for experts, rate in zip(fast, rates, strict=True):

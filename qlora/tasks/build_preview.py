@@ -54,6 +54,7 @@ def build_preview(
                 (report.empty_rows, "row", " with empty answers"),
                 (report.left_out_rows, "row", " left out by the format"),
                 (report.equal_rows, "pair", " of equal sides"),
+                (report.unordered_rows, "pair", " whose scores do not put the chosen side first"),
             ),
         ),
         ("not read", describe_unread(report)),
@@ -188,7 +189,7 @@ def preview_metrics(data: Data) -> dict[str, float]:
     names = (
         *("train_rows", "eval_rows", "train_tokens", "trained_tokens", "mean_length", "max_length", "cut_sources"),
         *("cut_targets", "dropped_rows", "too_long_rows", "left_out_rows", "empty_rows", "empty_answers"),
-        *("equal_rows", "eval_equal_rows"),
+        *("equal_rows", "eval_equal_rows", "unordered_rows", "eval_unordered_rows"),
         *("stopping_rows", "eval_dropped_rows", "eval_too_long_rows", "eval_left_out_rows", "eval_empty_rows"),
     )
     metrics = {name: float(getattr(report, name)) for name in names}

@@ -108,9 +108,9 @@ def test_an_unclear_label_is_refused(row, label):
     with pytest.raises(UserError) as caught:
         FORMATS[name].render(row | {"label": label})
     assert str(caught.value) == (
-        f"column label holds {label!r}, and the label of an answer is true, yes, on or 1, or false, no, off or 0 "
-        "(false: not trained); write it so, or leave the column out (with a function of your own: "
-        "data.format=module:function)"
+        f"column label holds {label!r}, and the label of an answer is true, yes, 1, good, desirable, chosen or thumbs "
+        "up, or false, no, 0, bad, undesirable, rejected or thumbs down (false: not trained); write it so, or leave "
+        "the column out (with a function of your own: data.format=module:function)"
     )
 
 

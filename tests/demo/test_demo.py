@@ -19,6 +19,8 @@ from demo_world.instructions import (
     prompt,
     train_rows,
 )
+from demo_world.operations import OPERATIONS
+from demo_world.preferences import WORDS, eval_pairs, train_pairs
 from demo_world.tokenizer import build_tokenizer
 from demo_world.world import ATTRIBUTES, CATEGORIES, CYCLES, LIST_WORDS, OPPOSITE, PEOPLE
 
@@ -236,3 +238,27 @@ def test_single_statement_documents_are_a_probe_and_its_answer() -> None:
     single = {tuple(text for text, _ in document) for document in documents(40_000, 2) if len(document) == 2}
     asked = [row for row in probes(2000, 2) if row["task"] in ("antonym", "category")]
     assert len({(row["source"], row["target"]) for row in asked} & single) > 20
+
+
+def test_the_shipped_pairs_are_those_of_the_generator_and_small() -> None:
+    assert shipped.preference_rows() == train_pairs()
+    assert shipped.preference_eval_rows() == eval_pairs()
+    assert sum(path.stat().st_size for path in shipped.DATA_FOLDER.glob("preferences*.jsonl")) < 100_000
+
+
+def test_rejected_answers_are_those_to_another_list_longer_than_any_that_was_trained() -> None:
+    lists = [len(row["input"].split()) for row in chain(TRAIN, EVAL) if row["task"] in templates.LISTS]
+    assert max(lists) < WORDS
+    for row in chain(train_pairs(), eval_pairs()):
+        items = row["input"].split()
+        assert len(items) == len(set(items)) == WORDS
+        others = [[word for word in items if word != missed] for missed in items]
+        others += [[*items, again] for again in items]
+        assert row["chosen"] == OPERATIONS[row["task"]](items)
+        assert row["rejected"] != row["chosen"]
+        assert row["rejected"] in {OPERATIONS[row["task"]](other) for other in others}
+
+
+def test_held_out_pairs_are_about_lists_that_no_training_pair_holds() -> None:
+    assert not {row["input"] for row in train_pairs()} & {row["input"] for row in eval_pairs()}
+    assert {row["task"] for row in train_pairs()} == {row["task"] for row in eval_pairs()}

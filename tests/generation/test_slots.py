@@ -240,6 +240,15 @@ def test_batches_are_given_whole_with_their_answers_in_order() -> None:
     assert [answer for number in range(4) for answer in got[number]] == [alone(model, prompt, 7) for prompt in asked]
 
 
+def test_rows_of_a_batch_that_ask_the_same_are_answered_each() -> None:
+    model = randomised(build("llama")).eval()
+    slots = Slots(GenerationConfig(batch_size=3, max_new_tokens=4), CPU, torch.float32, compose_autocast)
+    prompt = prompts(1)[0]
+    batches = [(0, [0, 1, 2], [prompt, prompt, prompt])]
+    ((_, given, _),) = answer_batches(slots, model, batches, end_ids=[END], seed=0, length=40)
+    assert given[0] == given[1] == given[2] != []
+
+
 def test_a_request_that_is_cancelled_frees_its_slot() -> None:
     model = randomised(build("llama")).eval()
     config = GenerationConfig(max_new_tokens=20, batch_size=2)

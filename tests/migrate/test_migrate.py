@@ -318,7 +318,11 @@ def test_a_torchtune_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.yaml", "base_model: x\nrl: dpo\n", "preferences"),
+        (
+            "a.yaml",
+            "base_model: x\nrl: grpo\n",
+            "rl=grpo trains by answers that the model generates, judged by rewards",
+        ),
         ("b.yaml", "model_name_or_path: x\nstage: ppo\n", "stage=ppo"),
         ("c.yaml", "model: {_component_: a.b}\nquantizer: {_component_: c.d}\n", "trains nothing"),
         ("d.yaml", "hello: world\n", "neither a command of qlora.py nor a YAML of Axolotl"),

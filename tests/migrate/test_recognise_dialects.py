@@ -31,6 +31,12 @@ def told(folder: Path, name: str, text: str) -> str:
         ("k.sh", "export N=8\nNPROC_PER_NODE=$N swift pt --model x --dataset y", "ms-swift"),
         ("l.sh", "python sft.py --model_name_or_path x --dataset_name y --use_peft", "TRL"),
         ("m.sh", "torchrun qlora.py --lora_r 8", "qlora.py"),
+        ("n.sh", "accelerate launch trl/scripts/dpo.py --model_name_or_path x --dataset_name y", "TRL's dpo"),
+        ("o.sh", "trl reward --model_name_or_path x --dataset_name y", "TRL's reward"),
+        ("p.sh", "swift rlhf --rlhf_type kto --model x --dataset y", "ms-swift"),
+        ("q.yaml", "model_name_or_path: x\ndataset_name: y\nloss_type: [sigmoid]\nuse_peft: true\n", "TRL's dpo"),
+        ("r.yaml", "model_name_or_path: x\ndataset_name: y\ndesirable_weight: 1.3\nuse_peft: true\n", "TRL's kto"),
+        ("s.yaml", "model_name_or_path: x\ndataset_name: y\ncpo_alpha: 0\nuse_peft: true\n", "TRL's cpo"),
     ],
 )
 def test_a_file_is_told_by_its_keys(tmp_path: Path, name: str, text: str, tool: str) -> None:
@@ -57,8 +63,13 @@ def test_a_file_is_told_by_its_keys(tmp_path: Path, name: str, text: str, tool: 
         ("l.sh", "axolotl train config.yml --bf16 true", "give from=config.yml"),
         ("m.sh", "llamafactory-cli train sft.yaml", "give from=sft.yaml"),
         ("n.sh", "trl sft --config sft.yaml --lora_r 8", "give from=sft.yaml"),
-        ("o.sh", "trl dpo --model_name_or_path x", "trl dpo is no training on answers"),
-        ("p.sh", "swift rlhf --rlhf_type dpo --model x", "swift rlhf is no training on answers"),
+        ("o.sh", "trl grpo --model_name_or_path x", "trl grpo is no training on answers"),
+        ("p.sh", "swift infer --model x", "swift infer is no training on answers"),
+        (
+            "q.yaml",
+            "model_name_or_path: x\nuse_peft: true\ndataset_name: y\nbeta: 0.1\n",
+            "beta is read by trl dpo, kto",
+        ),
         ("q.sh", "tune run lora_finetune_single_device --config llama3/8B", "reads its settings in a file"),
     ],
 )

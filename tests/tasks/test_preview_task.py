@@ -54,6 +54,64 @@ def test_both_sides_of_a_pair_are_shown_with_what_the_loss_counts(
     assert "1 pair of equal sides" in printed
 
 
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+HH = "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: two?\n\nAssistant:"
+SCORED = [{"response": "worst", "score": 1}, {"response": "yes", "score": 9}, {"response": "no", "score": 0}]
+AGAINST = "chosen against rejected"
+SHAREGPT = {"chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}}
+ANSWERS = {"chosen": "yes", "rejected": "no"}
+LAYOUTS = {
+    "texts": ({"prompt": "two? ", **ANSWERS}, "chosen (columns prompt, chosen, rejected (chosen against"),
+    "whole texts": ({side: f"{HH} {text}" for side, text in ANSWERS.items()}, AGAINST),
+    "messages": ({side: [said("user", "two?"), said("assistant", text)] for side, text in ANSWERS.items()}, AGAINST),
+    "messages behind a prompt": (
+        {"prompt": [said("user", "two?")], **{side: [said("assistant", text)] for side, text in ANSWERS.items()}},
+        AGAINST,
+    ),
+    "ShareGPT turns": ({"conversations": [{"from": "human", "value": "two?"}], **SHAREGPT}, AGAINST),
+    "Alpaca": ({"instruction": "two?", "input": "", **ANSWERS}, AGAINST),
+    "scored": ({"instruction": "two?", "completions": SCORED}, "the best answer of a row and the worst by their sco"),
+    "scores beside": ({"prompt": "two? ", **ANSWERS, "score_chosen": 8.0, "score_rejected": 2.0}, AGAINST),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_pairs_is_named_and_shown_with_both_sides(
+    layout: str, preview_run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, note = LAYOUTS[layout]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row | {"id": number}) + "\n" for number in range(6)))
+    preview_run("loss=dpo", "data=local", f"data.path={path}", "data.eval_dataset_size=1", "task.rows=1").execute()
+    printed = capsys.readouterr().out
+    assert note in " ".join(printed.split()).replace(", id", "")
+    chosen, rejected = printed.index("   chosen\n"), printed.index("   rejected\n")
+    for side, answer in ((printed[chosen:rejected], "yes"), (printed[rejected:], "no")):
+        trained = side[side.index("⟦") : side.index("⟧")]
+        assert answer in trained
+        assert "two?" in side[: side.index("⟦")]
+
+
+def test_labels_and_ties_are_named_in_a_preview(
+    preview_run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{number}? ", "completion": "yes", "label": label} for number, label in enumerate("👍👎👍👎")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["data=local", f"data.path={path}", "data.eval_dataset_size=0", "task.rows=2", "task.evaluate=false"]
+    preview_run("loss=kto", *overrides, "trainer.eval_steps=null", "trainer.per_device_train_batch_size=2").execute()
+    printed = capsys.readouterr().out
+    assert "label says which answers are good" in " ".join(printed.split())
+    assert printed.index("labelled good") < printed.index("labelled bad")
+    tied = [{"response": answer, "score": 1} for answer in "ab"]
+    path.write_text("".join(json.dumps({"prompt": "p", "completions": item}) + "\n" for item in (SCORED, tied)))
+    preview_run("loss=dpo", *overrides, "trainer.eval_steps=null").execute()
+    assert "1 pair whose scores do not put the chosen side first" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_preview_writes_a_page_a_picture_and_a_result(
     preview_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this package, when the file is run
 
 from demo_world.instructions import eval_rows, train_rows, write_rows
+from demo_world.preferences import eval_pairs, train_pairs
 from demo_world.tokenizer import build_tokenizer
 from qlora.demo.instructions import DATA_FOLDER
 from qlora.models.model_files import EMBEDDED
@@ -21,6 +22,8 @@ def build() -> None:
     """Writes `data/*.jsonl` and the tokenizer files of `model/`; every call writes the same bytes."""
     write_rows(train_rows(), DATA_FOLDER / "train.jsonl")
     write_rows(eval_rows(), DATA_FOLDER / "eval.jsonl")
+    write_rows(train_pairs(), DATA_FOLDER / "preferences.jsonl")
+    write_rows(eval_pairs(), DATA_FOLDER / "preferences_eval.jsonl")
     build_tokenizer().save_pretrained(str(MODEL_FOLDER))
 
 

@@ -20,7 +20,8 @@ CALLBACK_PACKAGES = ("qlora", "transformers")
 
 OWN_FUNCTIONS = (
     *("qlora.demo.instructions:train_rows", "qlora.demo.instructions:eval_rows"),
-    *(f"qlora.data.formats.as_chat:from_{rows}" for rows in ("alpaca", "alpaca_prompt", "input_output", "any")),
+    *("qlora.demo.instructions:preference_rows", "qlora.demo.instructions:preference_eval_rows"),
+    *(f"qlora.data.formats.as_chat:from_{rows}" for rows in ("alpaca", "alpaca_prompt", "input_output", "any", "pair")),
 )
 """The functions that a config may name by itself: the embedded data, and rows of other formats as chats."""
 

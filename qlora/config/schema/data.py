@@ -24,6 +24,9 @@ TrainOn = StrEnum("TrainOn", "assistant last all")
 OnTooLong = StrEnum("OnTooLong", "truncate drop error")
 """What happens to a row that is longer than the limits."""
 
+Pairs = StrEnum("Pairs", "best-worst all")
+"""Which pairs rows with several scored answers give."""
+
 OnEmpty = StrEnum("OnEmpty", "drop train error")
 """What happens to an answer without text."""
 
@@ -95,6 +98,9 @@ class DataConfig:
     """Columns under other names: `data.columns.output=response` reads `response` where the format wants `output`."""
     reformulations: bool = False
     """Train on the reformulated instructions of unnatural-instructions too."""
+    pairs: Pairs = Pairs["best-worst"]
+    """Which pairs a row with several scored answers gives, where the loss compares two: its `best-worst` answers, or
+    `all` two of them. Two answers of the same score are no pair."""
     template: str = "auto"
     """How conversations are written: `auto` takes the tokenizer's chat template (or `guanaco` where it has none);
     or a name of the table in docs/data.md, or a file with a Jinja chat template."""

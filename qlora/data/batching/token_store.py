@@ -96,6 +96,8 @@ class Counts:
     """Columns, and keys of objects in them (`COLUMN.KEY`), that nothing reads: how often they hold something."""
     equal: int = 0
     """Pairs dropped because both sides hold the same tokens."""
+    unordered: int = 0
+    """Pairs dropped because their scores do not put the chosen side first."""
     lost_thoughts: int = 0
     """Trained turns whose thoughts the chat template leaves out."""
     lost_messages: int = 0
@@ -274,6 +276,9 @@ def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_P
     for key in tracked.unread() if examples else ():
         counts[f"{UNREAD}{key}"] += 1
     for example in examples:
+        if isinstance(example, Pair) and (example.unordered or example.is_equal):
+            counts["equal" if example.is_equal else "unordered"] += 1
+            continue
         if job.questions and not isinstance(example, Pair | Labelled) and asks(example):
             yield _PendingRow(example, index, task, 0, asks=True)
             continue
@@ -287,7 +292,7 @@ def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_P
 
 def _with_sides(example: AnyExample, settled: list[Example]) -> AnyExample:
     if isinstance(example, Pair):
-        return Pair(*settled)
+        return Pair(settled[0], settled[1])
     return Labelled(settled[0], example.desirable) if isinstance(example, Labelled) else settled[0]
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.config.registries.chat_keys import CALL_ROLES, ROLES, THOUGHT_KEYS
-from qlora.data.formats.cells import Row, is_missing, is_rejected, number_text, peek, read_switch, track
+from qlora.data.formats.cells import Row, is_missing, number_text, peek, read_switch, track
+from qlora.data.formats.labels import is_rejected
 from qlora.data.ingest.json_text import DoubledKey, parse
 from qlora.errors import DataError
 from qlora.text import brief, listed

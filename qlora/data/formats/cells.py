@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -28,10 +28,6 @@ UNCLEAR_SWITCHES = {
     "train_detail": "which trains parts of a turn; qlora trains a turn whole or not at all, so split it",
     "training_detail": "which trains parts of a turn; qlora trains a turn whole or not at all, so split it",
 }
-LABELS = ("label", "kto_tag")
-"""Columns that say whether an answer is a good one (KTO)."""
-KTO_LABELS = ("kto_tag",)
-"""Those that say so in every set; a `label` beside an instruction may be another thing, such as a class."""
 
 
 class TrackedRow(Mapping[str, Any]):
@@ -75,6 +71,12 @@ class TrackedRow(Mapping[str, Any]):
         view._read, view._parts = self._read, self._parts
         return view
 
+    def with_cells(self, cells: Row) -> TrackedRow:
+        """Returns the row with other cells in some columns; what is read of it counts as read of this one."""
+        view = TrackedRow({**self._cells, **cells}, self._prefix)
+        view._read, view._parts = self._read, self._parts
+        return view
+
     def unread(self) -> Iterator[str]:
         """Yields the keys that hold something and were not read: columns, and `COLUMN.KEY` of objects inside."""
         for key, value in self._cells.items():
@@ -99,6 +101,11 @@ def without(row: Row, columns: Iterable[str]) -> Row:
     if isinstance(row, TrackedRow):
         return row.without(columns)
     return {key: cell for key, cell in row.items() if key not in set(columns)}
+
+
+def with_cells(row: Row, cells: Row) -> Row:
+    """Returns a row with other cells in some columns."""
+    return row.with_cells(cells) if isinstance(row, TrackedRow) else {**row, **cells}
 
 
 def is_missing(value: Any) -> bool:
@@ -191,36 +198,6 @@ def read_truth(value: Any) -> bool | None:
     if isinstance(value, (bool, int, float, Decimal)) and value in (0, 1):
         return bool(value)
     raise ValueError(value)
-
-
-def label_columns(columns: Iterable[str], labels: Sequence[str]) -> list[str]:
-    """Returns the columns that hold labels of preference, in whatever capitals."""
-    return [column for column in columns if column.lower() in labels]
-
-
-def is_unlabelled(value: Any) -> bool:
-    """Tells whether a label says nothing."""
-    return is_missing(value) or (isinstance(value, str) and not value.strip())
-
-
-def is_rejected(row: Row, *columns: str) -> bool:
-    """Tells whether a label marks the answer of a row as a bad one; raises `DataError` where it is unclear.
-
-    `columns` are those that may hold the label; unset: `LABELS`.
-    """
-    return any(read_label(row.get(column), column) is False for column in label_columns(row, columns or LABELS))
-
-
-def read_label(value: Any, column: str) -> bool | None:
-    """Returns whether a label calls an answer a good one; None: it says nothing. Raises `DataError` for other words."""
-    try:
-        return read_truth(value)
-    except ValueError:
-        raise DataError(
-            f"column {column} holds {brief(value)}, and the label of an answer is {TRUTHS} (false: not "
-            "trained); write it so, or leave the column out (with a function of your own: "
-            "data.format=module:function)"
-        ) from None
 
 
 def read_switch(turn: Row, where: str) -> bool | None:

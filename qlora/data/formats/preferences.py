@@ -22,24 +22,38 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from qlora.config.registries.objectives import RowKind
+from qlora.config.schema import Pairs
 from qlora.data.chat.conversations import Conversation, Message
-from qlora.data.formats.cells import LABELS, Row, label_columns, read_label, without
+from qlora.data.formats import scores
+from qlora.data.formats.cells import Row, without
+from qlora.data.formats.labels import LABELS, label_columns, read_label
 from qlora.data.formats.prompts import PROMPTS, AnyExample, Example, Labelled, Pair, Segment, sides
 from qlora.data.formats.renderers import Format, cell_of, chosen
 from qlora.errors import DataError
 from qlora.text import listed
 
 ANSWER_COLUMNS = ("chosen", "rejected")
+SIDE_WORDS = {
+    "chosen": {"chosen", "accepted", "preferred", "better", "winner", "good", "positive", "pos", "win"},
+    "rejected": {"rejected", "reject", "dispreferred", "worse", "loser", "bad", "negative", "neg", "lose"},
+}
+"""Words in the names of columns that hold the better answers, and the worse ones."""
+WORD = re.compile(r"[A-Za-z][a-z]*")
+NO_ANSWER = re.compile("score|rating|reward|rank|model|id$", re.IGNORECASE)
+"""What columns of such names hold beside the answers."""
 LAST_WORD = re.compile(r"\s*\S*\Z")
 
 
-def of_kind(kind: RowKind, name: str, layout: Format) -> Format:
+def of_kind(kind: RowKind, name: str, layout: Format, pairs: Pairs) -> Format:
     """Returns a format that renders rows as examples of a kind; `name` is its own.
 
     Raises `DataError` for a format whose rows hold no pair, where pairs are needed.
     """
     if kind is RowKind.tokens:
         return layout
+    if name == scores.NAME:
+        render = functools.partial(_scored_pairs, pairs=pairs)
+        return replace(layout, render=render if kind is RowKind.pairs else functools.partial(_apart, render=render))
     if kind is RowKind.labelled:
         return replace(layout, render=functools.partial(_labelled, render=layout.render, name=name))
     if name != "chosen":
@@ -50,14 +64,20 @@ def of_kind(kind: RowKind, name: str, layout: Format) -> Format:
     return replace(layout, render=_pairs)
 
 
-def check_columns(kind: RowKind, columns: Iterable[str]) -> None:
-    """Raises `DataError` where no column can hold what rows of a kind need beside an answer."""
+def check_columns(kind: RowKind, columns: Iterable[str], name: str) -> None:
+    """Raises `DataError` where no column can hold what rows of a kind need beside an answer; `name` is their format."""
     columns = list(columns)
-    if kind is RowKind.pairs and "rejected" not in columns:
+    if name == scores.NAME:
+        return
+    missing = [side for side in ANSWER_COLUMNS if side not in columns]
+    if kind is RowKind.pairs and (missing == ["chosen"] or "rejected" in missing):
         other = "loss=kto, which reads labels" if label_columns(columns, LABELS) else "loss=sft"
+        settings = _name_sides(columns)
+        side, whose = ("chosen", "of the better ones") if missing == ["chosen"] else ("rejected", "of the worse ones")
+        named = f"columns of both with {settings}" if " " in settings else f"column {whose} with {settings}"
         raise DataError(
-            f"it has the columns {listed(columns)} and no rejected, and this loss compares two answers; name the "
-            f"column of the worse ones with data.columns.rejected=COLUMN, or choose {other}"
+            f"it has the columns {listed(columns)} and no {side}, and this loss compares two answers; name the "
+            f"{named}, or choose {other}"
         )
     if kind is RowKind.labelled and not (set(ANSWER_COLUMNS) <= set(columns) or label_columns(columns, LABELS)):
         raise DataError(
@@ -66,12 +86,39 @@ def check_columns(kind: RowKind, columns: Iterable[str]) -> None:
         )
 
 
-def _labelled(row: Row, *, render: Callable[[Row], Sequence[AnyExample]], name: str) -> list[Labelled]:
+def describe_kind(kind: RowKind, name: str, labels: Sequence[str], pairs: Pairs) -> list[str]:
+    """Says what is compared in rows of a kind; `name` is their format, and `labels` are their columns of labels."""
+    if name == scores.NAME:
+        if kind is RowKind.tokens:
+            return ["the answer with the best score is trained"]
+        taken = "every two answers of a row" if pairs is Pairs.all else "the best answer of a row and the worst"
+        return [f"{taken} by their scores" if kind is RowKind.pairs else f"{taken} by their scores, as good and bad"]
+    if kind is RowKind.labelled:
+        return [f"{labels[0]} says which answers are good" if labels else "chosen answers are good, rejected ones bad"]
+    return ["chosen against rejected"] if kind is RowKind.pairs else []
+
+
+def _name_sides(columns: Sequence[str]) -> str:
+    """Returns the settings that name the columns of both answers, where their names say so."""
+    names = {side: _named_after(side, columns) for side in ANSWER_COLUMNS if side not in columns}
+    last = list(names)[-1]
+    settings = [f"data.columns.{side}={name or 'COLUMN'}" for side, name in names.items() if name or side == last]
+    return " ".join(settings)
+
+
+def _named_after(side: str, columns: Sequence[str]) -> str | None:
+    """Returns the one column whose name says that it holds the answers of a side; None: there is none."""
+    parts = {column: {word.lower() for word in WORD.findall(column)} for column in columns}
+    named = [column for column in columns if parts[column] & SIDE_WORDS[side] and not NO_ANSWER.search(column)]
+    return named[0] if len(named) == 1 else None
+
+
+def _labelled(row: Row, *, render: Callable[[Row], Sequence[AnyExample]], name: str) -> list[Labelled | Pair]:
     """Renders an answer with its label; the two answers of a pair are a good one and a bad one."""
     columns = label_columns(row, LABELS)
     if not columns and name == "chosen" and row.get("rejected"):
-        return [Labelled(side, side is pair.chosen) for pair in _pairs(row) for side in sides(pair)]
-    labels = {label for column in columns if (label := read_label(row.get(column), column)) is not None}
+        return _apart(row, render=_pairs)
+    labels = {label for column in columns if (label := read_label(row.get(column), column, asked=True)) is not None}
     if len(labels) != 1:
         what = "its labels contradict each other" if labels else "it holds no label"
         raise DataError(f"{what}; label the answer true or false in one of the columns {' and '.join(LABELS)}")
@@ -80,16 +127,34 @@ def _labelled(row: Row, *, render: Callable[[Row], Sequence[AnyExample]], name: 
     return [Labelled(_last_only(example), desirable) for example in examples]
 
 
+def _apart(row: Row, *, render: Callable[[Row], Sequence[Pair]]) -> list[Labelled | Pair]:
+    """Renders the answers of pairs as a good and a bad one; a pair that is to be dropped stays one, to be counted."""
+    rendered: list[Labelled | Pair] = []
+    for pair in render(row):
+        dropped = pair.unordered or pair.is_equal
+        rendered += [pair] if dropped else [Labelled(pair.chosen, True), Labelled(pair.rejected, False)]
+    return rendered
+
+
+def _scored_pairs(row: Row, *, pairs: Pairs) -> list[Pair]:
+    """Renders pairs of the answers in a row by their scores."""
+    return [replace(pair, unordered=is_tie) for two, is_tie in scores.as_pairs(row, pairs) for pair in _pairs(two)]
+
+
 def _last_only(example: Example) -> Example:
-    """Returns a chat of which the last answer alone is labelled: what stands before it is its prompt."""
+    """Returns an example of which the last answer alone is labelled: what stands before it is its prompt."""
     if not isinstance(example, Conversation):
-        return example
+        return [*(segment._replace(trained=False) for segment in example[:-1]), *example[-1:]]
     answers = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
     return _unweighted(example, answers[-1]) if answers else example
 
 
 def _pairs(row: Row) -> list[Pair]:
-    """Renders both answers of a row as the format `chosen` renders the first."""
+    """Renders both answers of a row as the format `chosen` renders the first, and says whether scores contradict."""
+    return [replace(pair, unordered=scores.is_out_of_order(row)) for pair in _unscored_pairs(row)]
+
+
+def _unscored_pairs(row: Row) -> list[Pair]:
     better, worse = chosen(row), chosen(row, "rejected")
     if not better or not worse:
         return []
@@ -98,12 +163,18 @@ def _pairs(row: Row) -> list[Pair]:
         return [_pair_of_chats(first, second)]
     if isinstance(first, Conversation) or isinstance(second, Conversation):
         raise DataError("one of the columns chosen and rejected holds turns and the other one text; write both alike")
+    first, second = _last_only(first), _last_only(second)
+    assert not isinstance(first, Conversation)
+    assert not isinstance(second, Conversation)
     if _prompt(first) and _prompt(first) == _prompt(second):
+        return [Pair(first, second)]
+    if first == second:
         return [Pair(first, second)]
     texts = ["".join(segment.text for segment in side) for side in (first, second)]
     start = _shared_text(*texts, prompt=cell_of(row, "chosen", "prompt"))
     system = first[0].system
-    return [Pair(*([Segment(text[:start], False, system), Segment(text[start:], True)] for text in texts))]
+    better_text, worse_text = ([Segment(text[:start], False, system), Segment(text[start:], True)] for text in texts)
+    return [Pair(better_text, worse_text)]
 
 
 def _prompt(example: Sequence[Segment]) -> str:

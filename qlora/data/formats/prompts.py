@@ -35,6 +35,13 @@ class Pair:
 
     chosen: Example
     rejected: Example
+    unordered: bool = False
+    """Whether the scores of the answers do not put the chosen one first."""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether both answers say the same."""
+        return self.chosen == self.rejected
 
 
 @dataclass(frozen=True, slots=True)

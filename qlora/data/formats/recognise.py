@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 from qlora.config.registries.data_formats import installed_format
 from qlora.config.registries.objectives import RowKind
-from qlora.config.schema import FUNCTION_PATH
+from qlora.config.schema import FUNCTION_PATH, Pairs
 from qlora.config.user_code import import_function
 from qlora.data.chat.conversations import Conversation, decode, is_empty, is_turn, split_inst
-from qlora.data.formats.cells import Row, is_unlabelled, label_columns, track
-from qlora.data.formats.preferences import ANSWER_COLUMNS, check_columns, of_kind
+from qlora.data.formats import scores
+from qlora.data.formats.cells import Row, is_missing, track
+from qlora.data.formats.labels import LABELS, is_unlabelled, label_columns
+from qlora.data.formats.preferences import ANSWER_COLUMNS, check_columns, describe_kind, of_kind
 from qlora.data.formats.prompts import AnyExample, Example, sides
-from qlora.data.formats.renderers import FORMATS, GUANACO, WITH_REFORMULATIONS, Format, nested
+from qlora.data.formats.renderers import ASKED, FORMATS, GUANACO, WITH_REFORMULATIONS, Format, nested
 from qlora.errors import ConfigError, DataError, UserError
 from qlora.text import listed
 
@@ -77,6 +79,8 @@ class _Rows(NamedTuple):
     """What the config asks for: `auto`, a name of `FORMATS`, or a function of the user's that returned the rows."""
     kind: RowKind = RowKind.tokens
     """What its format is to render a row as."""
+    pairs: Pairs = Pairs["best-worst"]
+    """Which pairs rows with several scored answers give."""
 
     @property
     def listed(self) -> str:
@@ -94,6 +98,7 @@ def choose_format(
     key: str = "data.path",
     reformulations: bool = False,
     kind: RowKind = RowKind.tokens,
+    pairs: Pairs = Pairs["best-worst"],
 ) -> Choice:
     """Returns the format `name`, or the one that `auto` recognises; logs what was decided and why.
 
@@ -102,13 +107,13 @@ def choose_format(
     `ConfigError` where the columns do not fit, and `DataError` where they hold none of that kind.
     """
     setting = f"{key.removesuffix('path')}format" if key.endswith(".path") else "data.format"
-    rows = _Rows(columns, sample, setting, f"{key} has", name, kind)
+    rows = _Rows(columns, sample, setting, f"{key} has", name, kind, pairs)
     choice = _choose(name, rows, reformulations=reformulations)
     if ":" in choice.name or installed_format(name) is not None:
         return choice  # which renders what the user's function returns
     try:
-        check_columns(kind, columns)
-        return replace(choice, format=of_kind(kind, choice.name, choice.format))
+        check_columns(kind, columns, choice.name)
+        return replace(choice, format=of_kind(kind, choice.name, choice.format, pairs))
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
 
@@ -144,8 +149,11 @@ def _columns(rows: _Rows) -> str:
 def recognise(rows: _Rows) -> Choice:
     """Returns the first format that the columns and the sample fit; raises `ConfigError` where none does."""
     fitting = [name for name in FORMATS if name not in BY_NAME and _fits(name, rows)]
-    if rows.kind is RowKind.pairs and set(ANSWER_COLUMNS) <= set(rows.columns):
-        fitting = ["chosen"]
+    if rows.kind is RowKind.pairs or (rows.kind is RowKind.labelled and not label_columns(rows.columns, LABELS)):
+        first = "chosen" if set(ANSWER_COLUMNS) <= set(rows.columns) else scores.NAME
+        fitting = [first] if first in fitting else fitting
+    if not fitting and rows.kind is not RowKind.tokens:
+        _check_answers(rows)
     if not fitting:
         raise DataError(f"{rows.setting}=auto recognises no format: {rows.subject} the columns {rows.listed}. "
                           f"{_way_out(rows)}")  # fmt: skip
@@ -160,6 +168,16 @@ def recognise(rows: _Rows) -> Choice:
             f"({rows.setting}=module:function){way_out}"
         )
     return Choice(name, f"{_columns(rows)}{_notes(name, rows)}{_others(name, fitting, rows)}", FORMATS[name])
+
+
+def _check_answers(rows: _Rows) -> None:
+    """Raises `DataError` that says what rows lack of two answers, or of a label."""
+    try:
+        for row in rows.sample if any(column in rows.columns for column in scores.LISTS) else ():
+            scores.read_answers(row)
+        check_columns(rows.kind, rows.columns, "")
+    except DataError as error:
+        raise DataError(f"{rows.subject.rpartition(' ')[0]}: {error}") from None
 
 
 def _is_prompt_only(name: str, rows: _Rows) -> bool:
@@ -203,12 +221,17 @@ def _looks_unnatural(row: Row) -> bool:
     return bool(tasks) and "instruction_with_input" in tasks[0]
 
 
+def _looks_scored(row: Row) -> bool:
+    return any(not is_missing(row.get(column)) for column in ASKED) and scores.holds_scores(row)
+
+
 # Formats whose columns alone say too little: what every row of the sample must look like.
 LOOKS: dict[str, Callable[[Row], bool]] = {
     "unnatural": _looks_unnatural,
     "human-bot": functools.partial(_looks_marked, first="<human>: ", second="\n<bot>: "),
     "inst": _looks_inst,
     "guanaco": _looks_guanaco,
+    scores.NAME: _looks_scored,
 }
 
 
@@ -218,6 +241,7 @@ def _notes(name: str, rows: _Rows) -> str:
     labels = [column for column in named if not all(is_unlabelled(row.get(column)) for row in rows.sample)]
     if labels and rows.kind is RowKind.tokens:
         notes.append(f"rows whose {labels[0]} is false are left out")
+    notes += describe_kind(rows.kind, name, labels, rows.pairs)
     return f" ({'; '.join(notes)})" if notes else ""
 
 
@@ -375,32 +399,42 @@ def _choose_own(path: str, rows: _Rows) -> Choice:
         why = "it left out the whole sample, so that each of its rows is recognised by itself"
         return Choice(path, why, _own_format(path, rows, None))
     columns = list(dict.fromkeys(column for row in mapped for column in row))
-    inner = _recognised(path, rows.setting, columns, mapped, rows.kind)
+    inner = _recognised(path, rows.setting, columns, mapped, rows.kind, rows.pairs)
     why = f"its rows are read as {inner.name}, by the {inner.why}"
     return Choice(path, why, _own_format(path, rows, inner.format.render))
 
 
-def _recognised(path: str, setting: str, columns: Sequence[str], mapped: Sequence[Row], kind: RowKind) -> Choice:
+def _recognised(
+    path: str, setting: str, columns: Sequence[str], mapped: Sequence[Row], kind: RowKind, pairs: Pairs
+) -> Choice:
     """Returns the format of what the user's function returned."""
-    inner = recognise(_Rows(columns, mapped, setting, f"{path} returns", path, kind))
+    inner = recognise(_Rows(columns, mapped, setting, f"{path} returns", path, kind, pairs))
     try:
-        check_columns(kind, columns)
-        return replace(inner, format=of_kind(kind, inner.name, inner.format))
+        check_columns(kind, columns, inner.name)
+        return replace(inner, format=of_kind(kind, inner.name, inner.format, pairs))
     except DataError as error:
         raise DataError(f"{setting}={path}: of what it returns, {error}") from None
 
 
 def _own_format(path: str, rows: _Rows, render: Callable[[Row], Sequence[AnyExample]] | None) -> Format:
-    renders = functools.partial(_render_own, path=path, setting=rows.setting, render=render, kind=rows.kind)
+    renders = functools.partial(
+        _render_own, path=path, setting=rows.setting, render=render, kind=rows.kind, pairs=rows.pairs
+    )
     return Format(renders, needs=((),))
 
 
 def _render_own(
-    row: Row, *, path: str, setting: str, render: Callable[[Row], Sequence[AnyExample]] | None, kind: RowKind
+    row: Row,
+    *,
+    path: str,
+    setting: str,
+    render: Callable[[Row], Sequence[AnyExample]] | None,
+    kind: RowKind,
+    pairs: Pairs,
 ) -> list[AnyExample]:
     examples: list[AnyExample] = []
     for mapped in _map(path, row, setting):
-        reader = render or _recognised(path, setting, list(mapped), [mapped], kind).format.render
+        reader = render or _recognised(path, setting, list(mapped), [mapped], kind, pairs).format.render
         examples += reader(track(row, mapped, ""))
     return examples
 

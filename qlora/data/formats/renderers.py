@@ -10,10 +10,15 @@ from typing import Any
 
 from qlora.data.chat import conversations as chats
 from qlora.data.chat.conversations import Message
-from qlora.data.formats.cells import KTO_LABELS, LABELS, Row, cell_text, is_rejected, track
+from qlora.data.formats import scores
+from qlora.data.formats.cells import Row, cell_text, is_missing, peek, track
+from qlora.data.formats.labels import KTO_LABELS, LABELS, is_rejected
 from qlora.data.formats.prompts import ALPACA, ALPACA_NEWLINE, PROMPTS, QUESTION, AnyExample, Example, Prompt, Segment
 from qlora.errors import DataError
 from qlora.text import brief
+
+ASKED = ("conversations", "prompt", "question", "instruction", "input", "query", "messages")
+"""The columns that may hold what a chosen answer answers, the first one that is filled."""
 
 END_MARK = "<|endoftext|>"
 """GPT-3's end of text, which self-instruct's completions spell out; the tokenizer's own end token follows anyway."""
@@ -52,12 +57,16 @@ def alpaca(row: Row, prompt: Prompt = ALPACA) -> list[Example]:
     """
     if is_rejected(row, *KTO_LABELS):
         return []
+    return [_answer_alpaca(row, cell_of(row, "alpaca", "output", "response"), prompt)]
+
+
+def _answer_alpaca(row: Row, answer: str, prompt: Prompt = ALPACA) -> list[Segment]:
+    """Renders an answer to what a row of Alpaca's layout asks, and has asked before."""
     context = cell_of(row, "alpaca", "input", "context")
-    rounds = [_pair(prompt.ask(asked), answer) for asked, answer in _history(row)]
+    rounds = [_pair(prompt.ask(asked), answered) for asked, answered in _history(row)]
     question = prompt.ask(cell_of(row, "alpaca", "instruction"), context)
-    asked = _pair(question, cell_of(row, "alpaca", "output", "response"))
     earlier = [segment._replace(ends=segment.trained) for segments in rounds for segment in segments]
-    return [_after_system(row, "alpaca", [*earlier, *asked])]
+    return _after_system(row, "alpaca", [*earlier, *_pair(question, answer)])
 
 
 def alpaca_newline(row: Row) -> list[Example]:
@@ -149,23 +158,28 @@ def chosen(row: Row, column: str = "chosen") -> list[Example]:
     """Renders the preferred answer of a pair, or that of another `column`.
 
     A text that holds its own prompt, or has none, is trained as a whole, as in the original (HH-RLHF); one that
-    answers a text in `prompt` or an Alpaca instruction is trained after it; turns become a chat: those of
-    `conversations`, `prompt` or `question`, then the chosen ones.
+    answers a text in `prompt` or an Alpaca instruction is trained after it; turns become a chat: those of one of
+    `ASKED`, then the chosen ones.
     """
-    if _turns(row.get(column)) is None and _turns(row.get("prompt")) is None and not row.get("conversations"):
+    asked = next((name for name in ASKED if not is_missing(peek(row, name))), "prompt")
+    if _turns(row.get(column)) is None and asked != "conversations" and _turns(peek(row, asked)) is None:
         answer, prompt = cell_of(row, "chosen", column), cell_of(row, "chosen", "prompt")
         if row.get("instruction"):
-            pair = _alpaca(cell_of(row, "chosen", "instruction"), cell_of(row, "chosen", "input"), answer)
-            return [_after_system(row, "chosen", pair)]
+            return [_answer_alpaca(row, answer)]
         if prompt and not answer.startswith(prompt):
             return [_after_system(row, "chosen", _pair(prompt, answer))]
-        if prompt or not row.get("question"):
+        if asked == "prompt":
             return [_whole(answer, prompt)]
     turns = read_said(row, "chosen", column, "assistant")
     if turns and turns[0]["role"] == "assistant":
-        asked = next((c for c in ("conversations", "prompt", "question") if row.get(c)), "prompt")
         turns = read_said(row, "chosen", asked, "user") + turns
     return _chat(row, turns, column)
+
+
+def scored(row: Row) -> list[Example]:
+    """Renders the answer with the best score, of several, as `chosen` does (UltraFeedback)."""
+    best = scores.best(row)
+    return [] if best is None else chosen(best)
 
 
 def _chat(row: Row, turns: list[Message], column: str) -> list[Example]:
@@ -287,6 +301,7 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(alpaca, (("instruction", "output"), ("instruction", "response")), KTO_LABELS),
     "segments": Format(segments, (("segments",), ("source", "target"))),
     "chosen": Format(chosen, (("chosen",),)),
+    scores.NAME: Format(scored, tuple((column,) for column in scores.LISTS)),
     "messages": Format(chats.messages, (("messages",),), LABELS),
     "conversations": Format(chats.conversations, (("conversations",),), LABELS),
     "prompt-completion": Format(prompt_completion, (("prompt", "completion"),), LABELS),
@@ -298,7 +313,7 @@ FORMATS: dict[str, Format] = {
     "guanaco": Format(guanaco, (("text",),)),
     "alpaca-newline": Format(alpaca_newline, (("instruction", "output"), ("instruction", "response")), KTO_LABELS),
 }
-OPTIONAL_COLUMNS = ("input", "context", "system", "history", "tools", "functions", *LABELS)
+OPTIONAL_COLUMNS = ("input", "rejected", "scores", "context", "system", "history", "tools", "functions", *LABELS)
 """Columns that formats read where they are there."""
 WITH_REFORMULATIONS = Format(functools.partial(unnatural, reformulations=True), FORMATS["unnatural"].needs)
 
