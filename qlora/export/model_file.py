@@ -143,7 +143,7 @@ class ModelFile:
             yield GgufTensor("rope_freqs.weight", tuple(table.shape), lambda: table)
 
     def _sources(self, ties: bool) -> Iterator[tuple[str, Sequence[int], Callable[[], Tensor]]]:
-        """Yields a name of transformers, shape and reader of each tensor; the experts of a layer are one each matrix."""
+        """Yields a name, shape and reader of each tensor; one holds a matrix of all experts of a layer."""
         experts: dict[str, dict[int, str]] = {}
         seen = set[str]()
         for source in self.tensors:

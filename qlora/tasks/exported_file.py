@@ -162,8 +162,8 @@ def _write_modelfile(job: TaskJob, file: ModelFile, vocabulary: Vocabulary, writ
     lines: Sequence[str] | str
     if vocabulary.segments is not None and vocabulary.segments.scheme == "steps":
         lines = (
-            "what the tokenizer does to a text before it splits it stands in the file's chat template, which Ollama does "
-            "not read"
+            "what the tokenizer does to a text before it splits it stands in the file's chat template, which Ollama "
+            "does not read"
         )
     elif isinstance(form, str):
         lines = form

@@ -33,8 +33,8 @@ class LlamaCppEngine(OpenAIServer):
             import xllamacpp
         except ImportError as error:
             raise ConfigError(
-                "verify.engine=llama-cpp needs the package xllamacpp, which is not installed: pip install 'qlora[gguf]', "
-                "or start llama-server and give its address as verify.engine"
+                "verify.engine=llama-cpp needs the package xllamacpp, which is not installed: pip install "
+                "'qlora[gguf]', or start llama-server and give its address as verify.engine"
             ) from error
         for key, file in {"verify.path": path, "verify.lora": lora}.items():
             if file is not None:

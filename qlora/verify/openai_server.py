@@ -75,8 +75,8 @@ class OpenAIServer:
         entries = _top_tokens(answer.get("logprobs"))
         if not entries:
             raise ResourceError(
-                f"verify.engine={self.url}: the server returns no logprobs for /completions, so nothing can be compared "
-                "here; start it with them, or verify another engine"
+                f"verify.engine={self.url}: the server returns no logprobs for /completions, so nothing can be "
+                "compared; start it with them, or verify another engine"
             )
         return [Likely(self._ids(entry), float(entry["logprob"])) for entry in entries]
 
