@@ -145,12 +145,13 @@ def measure(probes: Sequence[Probe], answers: Sequence[Sequence[Likely]]) -> Div
 def _kl(reference: Tensor, answer: Sequence[Likely]) -> float:
     """Returns KL(reference || answer) over the tokens of the answer, with all others as one; a lower bound."""
     known = [token for token in answer if token.ids and max(token.ids) < len(reference)]
-    expected = torch.stack([torch.logsumexp(reference[list(token.ids)].double(), 0) for token in known])
+    owners = torch.tensor([index for index, token in enumerate(known) for _ in token.ids])
+    ids = torch.tensor([index for token in known for index in token.ids])
+    chances = torch.zeros(len(known), dtype=torch.float64).index_add(0, owners, reference.double().exp()[ids])
     given = torch.tensor([token.logprob for token in known], dtype=torch.float64).clamp(min=-1e4)
-    terms = expected.exp() * (expected - given)
-    rest, given_rest = (max(0.0, 1.0 - float(values.exp().sum())) for values in (expected, given))
-    total = float(terms.sum())
-    if rest > 1e-9 and len(known) < len(reference):
+    total = float((chances * (chances.clamp(min=1e-300).log() - given)).sum())
+    rest, given_rest = (max(0.0, 1.0 - float(values.sum())) for values in (chances, given.exp()))
+    if rest > 1e-9 and len(ids) < len(reference):
         total += rest * (math.log(rest) - math.log(max(given_rest, 1e-9)))
     return max(0.0, total)
 

@@ -61,6 +61,7 @@ def build(folder: Path, kind: str, settings: dict[str, Any]) -> torch.nn.Module:
 PROMPTS = [[1, *range(5, 5 + length)] for length in (1, 4, 30, 100)]
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_answers_in_llama_cpp_as_in_transformers(tmp_path: Path, name: str) -> None:
     kind, settings = FAMILIES[name]
