@@ -226,7 +226,7 @@ FOREIGN_OPTIONS = {
 }
 """Options of a group that other tools or people call otherwise, and what to write."""
 
-SERVE = "task=merge adapter=RUN, then vLLM or Ollama on the folder `merged` (docs/serve.md)"
+SERVE = "task=merge adapter=RUN for vLLM or SGLang, or task=export for llama.cpp and Ollama (docs/ship.md)"
 RESUME = "the command of a run resumes it, with its name=NAME or hydra.run.dir=FOLDER"
 SWEEP = "-m varies keys: -m lora.r=8,16, or sweep=lora-rank"
 FOREIGN_TASKS = {

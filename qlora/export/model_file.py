@@ -49,7 +49,7 @@ class ModelFile:
     """transformers' config of the whole model."""
     tokenizer: PreTrainedTokenizerBase
     end_ids: Sequence[int]
-    """The tokens that end an answer, the template's first."""
+    """The tokens that end an answer, the tokenizer's own first."""
     title: str
     key: str = "task=export"
     """What errors begin with."""
@@ -226,7 +226,7 @@ def write_tensors(
         on_progress(index)
 
 
-def end_ids_of(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None, first: int | None) -> list[int]:
-    """Returns the tokens that end an answer, `first` first: those of the generation settings and of the tokenizer."""
-    listed = eos if isinstance(eos, list) else [eos]
-    return [*dict.fromkeys(token for token in (first, *listed, tokenizer.eos_token_id) if token is not None)]
+def end_ids_of(tokenizer: PreTrainedTokenizerBase, *ends: int | list[int] | None) -> list[int]:
+    """Returns the tokens that end an answer: the tokenizer's, which templates write as `eos_token`, and `ends`."""
+    listed = [token for end in ends for token in (end if isinstance(end, list) else [end])]
+    return [*dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if token is not None)]

@@ -38,9 +38,9 @@ def run(job: TaskJob) -> TaskResult:
         what = f"{short_path(full)} is a whole model" if full is not None else "adapter=none names no adapter"
         raise ConfigError(f"export.format=gguf-adapter: {what}; use export.format=gguf")
     else:
-        written = write_adapter(job, adapter, _path(job, adapter))
+        written = write_adapter(job, _path(job, adapter))
     metrics = {"export_gb": written.file.stat().st_size / 1e9, **written.metrics}
-    paths = {"gguf": written.file, "modelfile": written.modelfile}
+    paths = {"gguf": written.file, "base": written.base, "modelfile": written.modelfile}
     result = TaskResult("export", metrics, {name: str(path) for name, path in paths.items() if path is not None},
                         more={"measured": describe_used(job)})  # fmt: skip
     write_json(job.folder.result("export"), result.to_dict())

@@ -44,6 +44,8 @@ class Written:
     """What was written, and what is said of it."""
 
     file: Path
+    base: Path | None = None
+    """The base that an adapter is added to."""
     modelfile: Path | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
@@ -61,7 +63,7 @@ def write_model(job: TaskJob, path: Path) -> Written:
         if full is not None:
             return _write_folder(job, full, path, key)
         if adapter is None:
-            return _write_base(job, path, key)
+            return _write(job, _base_file(job, session.tokenizer, path.stem, key), path)
         check_quantization(job, adapter)
         merge = build_merge(job, _exactly(job.config))
         _check_tokenizer(job, merge.tokenizer, key)
@@ -96,25 +98,24 @@ def _write_folder(job: TaskJob, folder: Path, path: Path, key: str) -> Written:
     trust = job.config.model.trust_remote_code
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    ends = end_ids_of(tokenizer, _saved_ends(folder), None)
+    ends = end_ids_of(tokenizer, _saved_ends(folder))
     file = ModelFile(
         Checkpoint(folder), ModelNames(config, trust_remote_code=trust), config, tokenizer, ends, path.stem, key
     )
     return _write(job, file, path)
 
 
-def _write_base(job: TaskJob, path: Path, key: str) -> Written:
-    """Writes the untuned base as its files hold it, for an adapter to be added to."""
+def _base_file(job: TaskJob, tokenizer: PreTrainedTokenizerBase, title: str, key: str) -> ModelFile:
+    """Returns what the untuned base becomes, as its files hold it."""
     session, model = job.session, job.config.model
     if session.has_random_weights or model.new_tokens:
         raise DataError(
-            f"{key}: the base has no files of the weights that the config describes; name a trained adapter"
+            f"{key}: the base has no files of the weights that the config describes; use export.format=gguf"
         )
     folder = local_files(locate(model.name), revision=model.revision, cache_dir=model.cache_dir)
-    ends = end_ids_of(session.tokenizer, _saved_ends(folder), None)
+    ends = end_ids_of(tokenizer, _saved_ends(folder), session.end_id)
     names = ModelNames(session.model_config, trust_remote_code=model.trust_remote_code)
-    file = ModelFile(session.tensors(), names, session.model_config, session.tokenizer, ends, path.stem, key)
-    return _write(job, file, path)
+    return ModelFile(session.tensors(), names, session.model_config, tokenizer, ends, title, key)
 
 
 def _saved_ends(folder: Path) -> int | list[int] | None:
@@ -178,36 +179,41 @@ def _write_modelfile(job: TaskJob, file: ModelFile, vocabulary: Vocabulary, writ
     written.commands.insert(1, shlex.join(["ollama", "create", name, "-f", short_path(written.modelfile)]))
 
 
-def write_adapter(job: TaskJob, adapter: Path, path: Path) -> Written:
-    """Writes the LoRA matrices alone."""
-    session = job.session
-    find_architecture(session.model_config.get_text_config(), "export.format=gguf-adapter")
+def write_adapter(job: TaskJob, path: Path) -> Written:
+    """Writes the LoRA matrices, and the base beside them where `export.base` asks for it."""
+    session, export, key = job.session, job.config.export, "export.format=gguf-adapter"
+    find_architecture(session.model_config.get_text_config(), key)
     job.create_folder()
     model = load_model(job)
     assert isinstance(model, PeftModel)
     file = AdapterFile(split_adapter(model), session.model_config, path.stem)
     del model
     file.check()
-    with _made_room(path), console.progress("writing", 2 * len(file.adapted.layers)) as update:
-        file.write(path, job.config.export.type, update)
-    base = f"{Path(job.config.model.name).name}-f16.gguf"
-    label = short_path(path)
-    return Written(
-        path,
-        commands=[
-            shlex.join(
-                ["qlora", "export", "adapter=none", f"model.name={job.config.model.name}", f"export.path={base}"]
-            ),
-            shlex.join(["llama-server", "-m", base, "--lora", label, "--jinja"]),
-            *_verifying(job, f"verify.path={base}", f"verify.lora={label}"),
-        ],
-        notes=[
-            "llama.cpp adds it to the base in 16 or 8 bits, not to the quantized weights that it was trained on; "
-            "qlora verify says how much that changes"
-        ]
-        if job.config.quantization.bits < 16
-        else [],
-    )
+    written = Written(path)
+    with _made_room(path):
+        base = path.with_name(f"{path.stem}-base.gguf")
+        if export.base:
+            tokenizer = session.tokenizer
+            tokenizer.chat_template = session.chat_encoder.writer.template.text
+            written = _write(job, _base_file(job, tokenizer, base.stem, key), base)
+            written.base, written.file = base, path
+        with console.progress("writing", 2 * len(file.adapted.layers)) as update:
+            file.write(path, export.type, update)
+    serving = f"verify.path={short_path(base)}", f"verify.lora={short_path(path)}"
+    written.commands = [
+        shlex.join(["llama-server", "-m", short_path(base), "--lora", short_path(path), "--jinja"]),
+        *_verifying(job, *serving),
+    ]
+    if written.modelfile is not None:
+        write_text(written.modelfile, written.modelfile.read_text(encoding="utf-8") + f"ADAPTER ./{path.name}\n")
+        name = path.stem
+        written.commands.insert(1, shlex.join(["ollama", "create", name, "-f", short_path(written.modelfile)]))
+    if job.config.quantization.bits < 16:
+        written.notes.append(
+            "llama.cpp adds the adapter to the base in 16 or 8 bits, not to the quantized weights that it was trained on; "
+            "qlora verify measures what that changes"
+        )
+    return written
 
 
 def _check_space(path: Path, needed: int) -> None:

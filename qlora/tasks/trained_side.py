@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,8 @@ PROMPT_TOKENS = 256
 """The length that each prompt is cut to."""
 CHAT_TOKENS = 512
 """The longest chat that is compared."""
+SPARE = 3
+"""The rows that are read for each chat: some are too long."""
 SYSTEM = "Be brief."
 
 
@@ -45,7 +48,7 @@ class TrainedSide:
         """Asks a loaded model, in float32 where the base is quantized, as the engine's weights are compared with it."""
         session, verify = job.session, job.config.verify
         held_out = session.measurer.rows
-        chosen = held_out.select(range(min(max(verify.prompts, verify.chats), len(held_out))))
+        chosen = held_out.select(range(min(max(verify.prompts, SPARE * verify.chats), len(held_out))))
         rows = [
             Row(list(ids[:PROMPT_TOKENS]), list(labels[:PROMPT_TOKENS]))
             for ids, labels in zip(chosen["input_ids"], chosen["labels"], strict=True)
@@ -55,7 +58,7 @@ class TrainedSide:
         with evaluation_mode(model), _exact(session, model):
             off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
             probes = take_probes(model, rows[: verify.prompts], device=device, adapter_off=off)
-            endings = take_endings(model, rows, device=device)
+            endings = take_endings(model, rows, end_ids=session.chat_encoder.end_ids, device=device)
         chats = _chats(
             session.chat_encoder, list(zip(chosen["prompt"], chosen["reference"], strict=True)), verify.chats
         )
@@ -91,27 +94,38 @@ def _exact(session: Session, model: PreTrainedModel | PeftModel) -> Iterator[Non
     yield
 
 
-def _chats(encoder: RowEncoder, rows: Sequence[tuple[str, str | None]], count: int) -> list[Chat]:
+def _chats(encoder: RowEncoder, rows: Iterable[tuple[str, str | None]], count: int) -> list[Chat]:
     """Returns chats of one and two questions, with a system message where the template has a place for one."""
     special = [token for token in encoder.base.all_special_tokens if token]
     texts = [(_plain(prompt_core(prompt), special), _plain(answer or "", special)) for prompt, answer in rows]
     texts = [pair for pair in texts if pair[0]]
     chats: list[Chat] = []
-    for index in range(min(count, len(texts))):
-        (question, answer), (following, _) = texts[index], texts[(index + 1) % len(texts)]
+    for index, (question, answer) in enumerate(texts):
+        following, _ = texts[(index + 1) % len(texts)]
         turns: list[Message] = [{"role": "user", "content": question}]
+        longer: list[Message] = [{"role": "system", "content": SYSTEM}, *turns] if index % 3 == 2 else turns
         if index % 3 == 1 and answer:
-            turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": following}]
-        with_system = [{"role": "system", "content": SYSTEM}, *turns] if index % 3 == 2 else turns
-        for messages in (with_system, turns):
-            try:
-                ids = encoder.encode_prompt(messages)
-            except UserError:  # the template has no place for a system message
-                continue
-            if len(ids) <= CHAT_TOKENS:
-                chats.append(Chat(messages, ids))
-            break
+            longer = [*turns, {"role": "assistant", "content": answer}, {"role": "user", "content": following}]
+        if len(chats) < count and (chat := _encode(encoder, longer) or _encode(encoder, turns)) is not None:
+            chats.append(chat)
     return chats
+
+
+def _encode(encoder: RowEncoder, messages: list[Message]) -> Chat | None:
+    """Returns a chat in the tokens of the training; None: it is too long, or no server can ask with these tokens.
+
+    Training splits some texts where a turn begins, a server reads them as one.
+    """
+    assert encoder.template is not None
+    try:
+        ids = encoder.encode_prompt(messages)
+        text = encoder.base.apply_chat_template(
+            messages, chat_template=encoder.template.text, add_generation_prompt=True, tokenize=False
+        )
+    except (UserError, TemplateError):  # the template has no place for a system message
+        return None
+    served = encoder.base(str(text), add_special_tokens=False)["input_ids"]
+    return Chat(messages, ids) if served == ids and len(ids) <= CHAT_TOKENS else None
 
 
 def _plain(text: str, special: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,25 +77,18 @@ def take_probes(
 
 
 @torch.no_grad()
-def take_endings(model: torch.nn.Module, rows: Sequence[Row], *, device: torch.device) -> list[Ending]:
+def take_endings(
+    model: torch.nn.Module, rows: Sequence[Row], *, end_ids: Collection[int], device: torch.device
+) -> list[Ending]:
     """Returns answers of rows behind which the trained model most likely writes the token that ends them."""
     endings: list[Ending] = []
     for row in rows:
-        trained = [index for index, label in enumerate(row.labels) if label != IGNORED and index]
-        if len(endings) == END_ROWS or not trained:
-            continue
-        likeliest = _log_softmax(model, row, device).argmax(-1)
-        # Behind the end token some templates write a line break, which is trained too.
-        for last in reversed(trained[-2:]):
-            if int(likeliest[last - 1]) == row.ids[last] and _ends(row, last, trained):
-                endings.append(Ending(row.ids[:last], row.ids[last]))
-                break
+        ends = [index for index, label in enumerate(row.labels) if label in end_ids and index]
+        if len(endings) < END_ROWS and ends:
+            likeliest = int(_log_softmax(model, row, device)[ends[-1] - 1].argmax())
+            if likeliest == row.ids[ends[-1]]:
+                endings.append(Ending(row.ids[: ends[-1]], likeliest))
     return endings
-
-
-def _ends(row: Row, index: int, trained: Sequence[int]) -> bool:
-    """Returns whether the token at `index` occurs nowhere else in the answer, as end tokens do not."""
-    return [row.ids[other] for other in trained].count(row.ids[index]) == 1
 
 
 def _log_softmax(model: torch.nn.Module, row: Row, device: torch.device) -> Tensor:

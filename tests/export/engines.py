@@ -22,7 +22,7 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real mo
 def model_file(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> ModelFile:
     config = AutoConfig.from_pretrained(folder)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
-    ends = end_ids_of(tokenizer, config.eos_token_id, None)
+    ends = end_ids_of(tokenizer, config.eos_token_id)
     return ModelFile(Checkpoint(folder), ModelNames(config), config, tokenizer, ends, folder.name)
 
 
@@ -32,7 +32,9 @@ def write(folder: Path, path: Path, kind: str = "f16", tokenizer: PreTrainedToke
 
 
 @contextlib.contextmanager
-def llama_cpp(path: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int, lora: Path | None = None) -> Iterator[Any]:
+def llama_cpp(
+    path: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int, lora: Path | None = None
+) -> Iterator[Any]:
     pytest.importorskip("xllamacpp")
     from qlora.verify.llama_cpp_engine import LlamaCppEngine
 

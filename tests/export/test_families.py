@@ -84,7 +84,9 @@ def test_every_family_answers_in_llama_cpp_as_in_transformers(tmp_path: Path, na
         ("qwen3", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "YaRN and its beta_fast"),
     ],
 )  # fmt: skip
-def test_what_llama_cpp_does_not_compute_is_refused_in_a_sentence(kind: str, settings: dict[str, Any], cause: str) -> None:
+def test_what_llama_cpp_does_not_compute_is_refused_in_a_sentence(
+    kind: str, settings: dict[str, Any], cause: str
+) -> None:
     from qlora.export.architectures import find_architecture
 
     sizes = SIZES if kind != "gpt_neox" else {}

@@ -57,7 +57,12 @@ def byte_level(name: str) -> PreTrainedTokenizerFast:
 
     def edit(data: dict[str, Any]) -> None:
         data["model"]["ignore_merges"] = known.ignores_merges
-        last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": known.pattern is None}
+        last = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": known.pattern is None,
+        }
         first = {"type": "Split", "pattern": {"Regex": known.pattern}, "behavior": "Isolated", "invert": False}
         digits = {"type": "Digits", "individual_digits": True}
         steps = [first] if known.pattern is not None else [digits] if known.splits_digits else []
@@ -94,7 +99,12 @@ def test_sentencepiece_by_scores_splits_in_llama_cpp_as_here(tmp_path: Path, fol
 def without_prefix(data: dict[str, Any]) -> None:
     """Makes a tokenizer one like Gemma's, which puts no space before a text."""
     data["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    data["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    data["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
 
 
 def by_merges(data: dict[str, Any]) -> None:
