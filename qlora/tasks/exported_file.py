@@ -210,8 +210,8 @@ def write_adapter(job: TaskJob, path: Path) -> Written:
         written.commands.insert(1, shlex.join(["ollama", "create", name, "-f", short_path(written.modelfile)]))
     if job.config.quantization.bits < 16:
         written.notes.append(
-            "llama.cpp adds the adapter to the base in 16 or 8 bits, not to the quantized weights that it was trained on; "
-            "qlora verify measures what that changes"
+            "llama.cpp adds the adapter to the base in 16 or 8 bits, not to the quantized weights that it was trained "
+            "on; qlora verify measures what that changes"
         )
     return written
 

@@ -132,8 +132,6 @@ def _print(served: Served, verdict: Verdict, result: TaskResult) -> None:
     files = [(name, short_path(Path(path))) for name, path in result.paths.items()]
     console.summary(f"verified: {served.name} serves what was trained", rows, [], files, [])
     if verdict.chats == 0:
-        console.say(
-            "  no server can ask with the tokens of the training (a turn begins within a word), so chats were not compared"
-        )
+        console.say("  no server can ask with the tokens of the training, so the chat template was not compared")
     if verdict.endings == 0:
         console.say("  no held-out answer ends in a token of its own, so the end token was not tested")

@@ -76,7 +76,7 @@ def test_every_family_answers_in_llama_cpp_as_in_transformers(tmp_path: Path, na
     ("kind", "settings", "cause"),
     [
         ("gpt_neox", {}, "a model of type gpt_neox is not written as GGUF here"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope of the type dynamic"),
+        ("llama", {"rope_parameters": {**YARN, "rope_type": "dynamic"}}, "rope of the type dynamic"),
         ("llama", {"hidden_act": "gelu"}, "the activation gelu"),
         ("gemma2", {"query_pre_attn_scalar": 7}, "attention scaled by 7"),
         ("gemma2", {**GEMMA2, "layer_types": ["full_attention"] * 2}, "this order of layers with a sliding window"),

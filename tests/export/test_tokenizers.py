@@ -22,7 +22,8 @@ pytest.importorskip("gguf")
 
 STRANGE = [
     "Hello world", " leading", "trailing  ", "two  blanks   three", "tabs\tand\nlines\n\n\nmore", "don't WE'LL I'M",
-    "12345 3.14 2024-01-01", "naïve café Łódź", "日本語のテキスト", "🙂🙂 emoji", "if (x) {\n    return y;\n}\r\n", "a_b/c\\d",
+    "12345 3.14 2024-01-01", "a_b/c\\d",
+    "naïve café Łódź", "日本語のテキスト", "🙂🙂 emoji", "if (x) {\n    return y;\n}\r\n",
     "'s 'tis x's", "\n", " ", "Ünïcödé straße", "…—–", "ｆｕｌｌ width", "привет, мир", "x=1;y=2", "¼ ½ ⅔ ²",
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qlora.config.compose import compose
+from qlora.config.schema import GgufType
 from qlora.errors import ConfigError, DataError, ResourceError, RunError, UserError
 from qlora.run import Run
 from tests.export.engines import model_file
@@ -57,23 +58,16 @@ def gguf_path(folder: Path) -> Path:
     return folder / f"{folder.name}-f16.gguf"
 
 
-def rewritten(merged: Path, path: Path, *, template: str | None = None, end_ids: list[int] | None = None) -> Path:
-    """Writes a GGUF file of a merged model with something wrong in it."""
-    from dataclasses import replace
-
-    from qlora.config.schema import GgufType
-
+def with_template(merged: Path, path: Path, template: str) -> Path:
+    """Writes a GGUF file of a merged model with another template."""
     file = model_file(merged)
-    if template is not None:
-        file.tokenizer.chat_template = template
-    if end_ids is not None:
-        file = replace(file, end_ids=end_ids)
+    file.tokenizer.chat_template = template
     file.write(path, GgufType.f16, lambda count: None)
     return path
 
 
 def test_the_gguf_file_of_the_embedded_model_answers_as_the_adapter_on_its_base(trained: Path, tmp_path: Path) -> None:
-    record = verify(tmp_path, trained, "verify.engine=llama-cpp", "verify.prompts=16")
+    record = verify(tmp_path, trained, "verify.engine=llama-cpp")
     assert record["accepted"]
     assert record["kl_mean"] < 1e-3
     assert (record["chats"], record["equal_chats"]) == (50, 50)
@@ -100,7 +94,7 @@ WRONG = "{{ bos_token }}{% for message in messages %}Q: {{ message.content }}\n{
 
 
 def test_a_wrong_template_is_caught_in_llama_cpp(trained: Path, tmp_path: Path) -> None:
-    path = rewritten(trained / "merged", tmp_path / "wrong.gguf", template=WRONG)
+    path = with_template(trained / "merged", tmp_path / "wrong.gguf", WRONG)
     text = refusal(tmp_path / "v", trained, "verify.engine=llama-cpp", f"verify.path={path}")
     assert "its chat template is not that of the training (chat 1 of 50: token 2 is" in text
     assert "ignored" not in text
@@ -177,5 +171,5 @@ def test_what_cannot_be_asked_is_said_in_one_sentence(trained: Path, tmp_path: P
 
 
 def test_an_engine_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ConfigError, match="verify.engine must be transformers, llama-cpp or an http:// address"):
+    with pytest.raises(ConfigError, match=r"verify\.engine must be transformers, llama-cpp or an http:// address"):
         compose(["task=verify", "verify.engine=ollama", "adapter=x"])

@@ -23,7 +23,7 @@ class ExportConfig:
     """The precision of the weights: `f16`, `q8_0` (8 bits, 32 numbers a scale) or `q4_k_m` (4 to 6 bits, which
     llama.cpp's own library quantizes: `llama-cpp-python`, or `llama-quantize` on the PATH)."""
     base: bool = True
-    """Whether `export=gguf-adapter` writes the base, too, with tokenizer, template and end tokens of the training; adapters
-    of one base and one template can share it."""
+    """Whether `export=gguf-adapter` writes the base, too, with tokenizer, template and end tokens of the training;
+    adapters of one base and one template can share it."""
     path: str | None = None
     """The file to write, which ends in `.gguf`; unset: in the run's folder, named after the run and the type."""
