@@ -174,7 +174,8 @@ def _write_modelfile(job: TaskJob, file: ModelFile, vocabulary: Vocabulary, writ
     if isinstance(lines, str):
         written.notes.append(f"no Modelfile for Ollama: {lines}")
         return
-    written.modelfile = written.file.with_name("Modelfile")
+    is_named = job.config.export.path is not None  # maybe beside files of other models
+    written.modelfile = written.file.with_name(f"{written.file.stem}.Modelfile" if is_named else "Modelfile")
     write_text(written.modelfile, "\n".join(lines) + "\n")
     written.commands.insert(1, shlex.join(["ollama", "create", name, "-f", short_path(written.modelfile)]))
 

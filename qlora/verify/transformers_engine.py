@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.errors import DataError
+from qlora.models.json_files import library_reads
 from qlora.runtime.atomic_files import read_record
 from qlora.upstream.transformers import decode, generate
 from qlora.verify.engine import Continuation, Likely, Message, Served
@@ -22,9 +23,10 @@ class TransformersEngine:
     def __init__(self, folder: Path, *, device: torch.device, trust_remote_code: bool) -> None:
         if not (folder / "config.json").is_file():
             raise DataError(f"verify.path={folder}: no model there; qlora merge writes one")
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+        with library_reads(f"verify.path={folder}", "its model or its tokenizer"):
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         self.model.eval().to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         report = read_record(folder / MERGE_REPORT) or {}
         precision = str(self.model.dtype).removeprefix("torch.")
         self.served = Served("transformers", str(folder), precision, report.get("max_kl"))

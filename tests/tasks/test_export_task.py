@@ -112,6 +112,8 @@ def test_a_tiny_llama_gets_a_modelfile_and_answers_in_llama_cpp_as_it_was_traine
     result = export(tmp_path / "e", tmp_path / "run", *data)
     lines = Path(result["paths"]["modelfile"]).read_text().splitlines()
     assert lines[1] == "FROM ./run-f16.gguf"
+    named = export(tmp_path / "n", tmp_path / "run", *data, f"export.path={tmp_path / 'mine.gguf'}")
+    assert Path(named["paths"]["modelfile"]).name == "mine.Modelfile"
     verified = ["verify.engine=llama-cpp", f"verify.path={result['paths']['gguf']}"]
     run(tmp_path / "v", "task=verify", f"adapter={tmp_path / 'run'}", *data, *verified)
     certificate = json.loads((tmp_path / "v" / "certificate.json").read_text())
