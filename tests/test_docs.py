@@ -95,7 +95,7 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.matrix(6)
 @pytest.mark.usefixtures("extensions")
 @pytest.mark.parametrize("command", [text for text in COMMANDS if qlora_words(text) is not None])
-def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_documented_command_is_accepted(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = qlora_words(command)
     assert args is not None
     if {"--help", "--version", "--schema", "--explain"} & {*args}:
@@ -114,7 +114,19 @@ def test_a_documented_command_is_accepted(command: str, capsys: pytest.CaptureFi
             raise unknown_flag(word)
     folder = taken.get("--config-dir")
     overrides = read_words(overrides).overrides
-    check_overrides(overrides, folder and str(ROOT / folder), multirun="-m" in taken)
+    check_overrides(overrides, folder and str(config_dir(folder, tmp_path)), multirun="-m" in taken)
+
+
+def config_dir(folder: str, scratch: Path) -> Path:
+    """Returns a folder of this repository, or one with the files that the documentation puts there."""
+    if (ROOT / folder).is_dir():
+        return ROOT / folder
+    block = re.compile(rf"```yaml\n# ({folder}/\S+\.yaml)[^\n]*\n(.*?)```", re.DOTALL)
+    for document in DOCS:
+        for name, text in block.findall(document.read_text(encoding="utf-8")):
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).write_text(text, encoding="utf-8")
+    return scratch / folder
 
 
 def test_the_readme_sets_up_a_fresh_machine_in_two_commands() -> None:

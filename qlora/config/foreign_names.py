@@ -186,7 +186,9 @@ FOREIGN_OPTIONS = {
         **dict.fromkeys(("inference", "infer", "generate", "answer"), "task=predict or task=chat"),
         **dict.fromkeys(("talk", "interactive", "ask", "cli", "repl"), "task=chat"),
         **dict.fromkeys(("eval", "test", "validate", "benchmark", "measure", "evaluation"), "task=evaluate"),
-        **dict.fromkeys(("export", "merge_and_unload", "save", "convert", "fuse", "gguf", "quantize"), "task=merge"),
+        **dict.fromkeys(("merge_and_unload", "save", "fuse"), "task=merge"),
+        **dict.fromkeys(("gguf", "convert", "quantize", "convert_hf_to_gguf"), "task=export"),
+        **dict.fromkeys(("certify", "parity", "prove"), "task=verify"),
         **dict.fromkeys(("ui", "gui", "web", "dashboard", "webui", "monitor", "tensorboard"), "task=board"),
         **dict.fromkeys(("upload", "publish", "push_to_hub"), "task=push"),
         **dict.fromkeys(("estimate", "memory", "dry-run", "dryrun"), "task=plan"),
@@ -248,7 +250,7 @@ FOREIGN_OPTIONS = {
 }
 """Options of a group that other tools or people call otherwise, and what to write."""
 
-SERVE = "task=merge adapter=RUN, then vLLM or Ollama on the folder `merged` (docs/serve.md)"
+SERVE = "task=merge adapter=RUN for vLLM or SGLang, or task=export for llama.cpp and Ollama (docs/ship.md)"
 RESUME = "the command of a run resumes it, with its name=NAME or hydra.run.dir=FOLDER"
 SWEEP = "-m varies keys: -m lora.r=8,16, or sweep=lora-rank"
 FOREIGN_TASKS = {

@@ -176,25 +176,40 @@ def write_modelfile(
     The tokenizer's config there says whether a server adds the begin token, which transformers itself reads
     from another file. `end_ids` are the tokens that end an answer; `name` is what the model is called in the comment.
     """
+    lines = modelfile_lines(tokenizer, form, generation, end_ids=end_ids, name=name, source=".")
+    if isinstance(lines, str):
+        return lines
+    config_path = folder / "tokenizer_config.json"
+    settings = json.loads(config_path.read_text(encoding="utf-8"))
+    settings |= {"add_bos_token": form.adds_bos, "add_eos_token": False}
+    write_text(config_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    path = folder / "Modelfile"
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def modelfile_lines(
+    tokenizer: PreTrainedTokenizerBase,
+    form: ChatForm,
+    generation: GenerationConfig,
+    *,
+    end_ids: Sequence[int],
+    name: str,
+    source: str,
+) -> list[str] | str:
+    """Returns the lines of a Modelfile for the weights in `source`, seen from its folder, or why there is none."""
     stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids]
     if not any(stop in form.after_answer for stop in stops):  # the next question begins without a token of its own
         stops += [text for text in [form.after_answer.strip()] if text]
     if strange := [stop for stop in stops if not _is_quotable(stop)]:
         return f"a Modelfile has no way to write {brief(strange[0])}, which ends an answer"
-    config_path = folder / "tokenizer_config.json"
-    settings = json.loads(config_path.read_text(encoding="utf-8"))
-    settings |= {"add_bos_token": form.adds_bos, "add_eos_token": False}
-    write_text(config_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    lines = [
+    return [
         f"# ollama create {shlex.quote(' '.join(visible(name).split()))} -f Modelfile",
-        "FROM .",
+        f"FROM {source}",
         f'TEMPLATE """{form.go_template()}"""',
         *(f"PARAMETER {key} {value:g}" for key, value in _parameters(generation).items()),
         *(f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys(stops)),
     ]
-    path = folder / "Modelfile"
-    write_text(path, "\n".join(lines) + "\n")
-    return path
 
 
 def _parameters(generation: GenerationConfig) -> dict[str, float]:

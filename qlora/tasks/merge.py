@@ -18,6 +18,8 @@ from qlora.tasks.used import describe_used
 if TYPE_CHECKING:  # which imports torch
     from peft import PeftModel
 
+    from qlora.tasks.merged_model import Merge
+
 MACHINE_KEY = "quantization.compute_dtype"
 """`auto` may be another precision on another machine."""
 
@@ -29,7 +31,7 @@ def needs(config: Config) -> Needs:
 
 def run(job: TaskJob) -> TaskResult:
     """Writes the model to `merged/` and the comparison to `merge_report.json`."""
-    from qlora.tasks.merged_model import PROMPT_TOKENS, REPORT, Merge
+    from qlora.tasks.merged_model import REPORT
 
     session, folder = job.session, job.folder
     adapter, full = session.trained
@@ -38,21 +40,9 @@ def run(job: TaskJob) -> TaskResult:
         raise ConfigError(
             f"{what}, so there is nothing to merge; give adapter=FOLDER of an adapter or of a finished run"
         )
-    _check_quantization(job, adapter)
+    check_quantization(job, adapter)
     job.create_folder()
-    held_out = session.measurer.rows
-    rows = held_out.select(range(min(job.config.merge.prompts, len(held_out))))
-    session.tokenizer.chat_template = session.saved_template or session.data.template.text
-    merge = Merge(
-        config=job.config,
-        load=lambda: _load(job),
-        tensors=session.tensors,
-        model_config=session.model_config,
-        tokenizer=session.tokenizer,
-        prompts=[ids[:PROMPT_TOKENS] for ids in rows["input_ids"]],
-        placement=session.placement,
-        name=session.run_name,
-    )
+    merge = build_merge(job, job.config)
     report = folder.path / REPORT
     comparison = merge.run(folder.merged, report)
     metrics = {f"merge_{name}": comparison[name] for name in ("kl_mean", "kl_max", "top1_agreement")}
@@ -63,6 +53,26 @@ def run(job: TaskJob) -> TaskResult:
     return result
 
 
+def build_merge(job: TaskJob, config: Config) -> Merge:
+    """Returns what merges the adapter of a job by the group `merge` of `config`, and compares on held-out rows."""
+    from qlora.tasks.merged_model import PROMPT_TOKENS, Merge
+
+    session = job.session
+    held_out = session.measurer.rows
+    rows = held_out.select(range(min(config.merge.prompts, len(held_out))))
+    session.tokenizer.chat_template = session.saved_template or session.data.template.text
+    return Merge(
+        config=config,
+        load=lambda: _load(job),
+        tensors=session.tensors,
+        model_config=session.model_config,
+        tokenizer=session.tokenizer,
+        prompts=[ids[:PROMPT_TOKENS] for ids in rows["input_ids"]],
+        placement=session.placement,
+        name=session.run_name,
+    )
+
+
 def _load(job: TaskJob) -> PeftModel:
     from peft import PeftModel
 
@@ -71,7 +81,7 @@ def _load(job: TaskJob) -> PeftModel:
     return model
 
 
-def _check_quantization(job: TaskJob, adapter: Path) -> None:
+def check_quantization(job: TaskJob, adapter: Path) -> None:
     """Raises `ConfigError` if the adapter was trained on other bits, which the comparison would not show."""
     saved = read_config(adapter.parent / job.folder.config.name)
     if saved is None:

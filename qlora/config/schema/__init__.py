@@ -15,6 +15,7 @@ from qlora.config.schema.evaluation import (
     known_metrics,
     metric_name,
 )
+from qlora.config.schema.export import ExportConfig, ExportFormat, GgufType
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraExperts, LoraInit
 from qlora.config.schema.loss import LOSS_SETTINGS, LossConfig, Reference
@@ -36,6 +37,7 @@ from qlora.config.schema.task import TASK_KEYS, SweepMethod, TaskConfig, TaskNam
 from qlora.config.schema.tracking import TrackingConfig, WandbMode
 from qlora.config.schema.trainer import FlashAttention, Keep, Parallel, TrainerConfig
 from qlora.config.schema.values import HOLDS, MAPPINGS
+from qlora.config.schema.verify import VerifyConfig
 from qlora.config.schema.watchdog import WATCHDOG_COUNTS, WatchdogAction, WatchdogConfig
 
 __all__ = [
@@ -60,8 +62,11 @@ __all__ = [
     "EvaluationName",
     "ExpertsBits",
     "ExpertsOffload",
+    "ExportConfig",
+    "ExportFormat",
     "FlashAttention",
     "GenerationConfig",
+    "GgufType",
     "Keep",
     "LoraBias",
     "LoraConfig",
@@ -93,6 +98,7 @@ __all__ = [
     "TrackingConfig",
     "TrainOn",
     "TrainerConfig",
+    "VerifyConfig",
     "WandbMode",
     "WatchdogAction",
     "WatchdogConfig",

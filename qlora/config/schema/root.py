@@ -29,6 +29,7 @@ from qlora.config.schema.evaluation import (
     known_metrics_of_rows,
     metric_name,
 )
+from qlora.config.schema.export import ExportConfig
 from qlora.config.schema.generation import GenerationConfig
 from qlora.config.schema.lora import LoraConfig, LoraInit
 from qlora.config.schema.loss import LossConfig, check_preferences
@@ -42,6 +43,7 @@ from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig
 from qlora.config.schema.trainer import Keep, Parallel, TrainerConfig
 from qlora.config.schema.values import HOLDS, written
+from qlora.config.schema.verify import VerifyConfig
 from qlora.config.schema.watchdog import WatchdogAction, WatchdogConfig
 from qlora.errors import ConfigError, did_you_mean, require
 from qlora.text import listed
@@ -83,9 +85,9 @@ class Config:
     generation: GenerationConfig = MISSING
     tracking: TrackingConfig = MISSING
     adapter: str | None = None
-    """What to evaluate, predict, chat with, merge or push: a folder of an adapter, of a merged model or of a finished
-    run, whose settings the task takes, or `none` for the untuned base. Unset: the adapter in this run's own folder
-    (`hydra.run.dir=FOLDER`), else the base that the command names."""
+    """What to evaluate, predict, chat with, merge, export, verify or push: a folder of an adapter, of a merged model or
+    of a finished run, whose settings the task takes, or `none` for the untuned base. Unset: the adapter in this run's
+    own folder (`hydra.run.dir=FOLDER`), else the base that the command names."""
     base: SameBase = SameBase.auto
     """What happens where the base has other weights than the one that an adapter, or the resumed run, was trained on:
     `auto` refuses them, `force` accepts them with a warning."""
@@ -105,6 +107,8 @@ class Config:
     Callbacks of `qlora` and `transformers` and metrics of `evaluate` need no trust. A full key with a dot, e.g.
     `hydra.launcher.setup`, lets a file set what is otherwise the command line's alone."""
     merge: MergeConfig = MISSING
+    export: ExportConfig = field(default_factory=ExportConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     plan: PlanConfig = MISSING
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -1,0 +1,137 @@
+"""`task=verify`: asks the engine that will serve, and proves that it answers as the adapter on its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora.config.paths import expand_home, short_path
+from qlora.config.schema import Config
+from qlora.errors import ConfigError, RunError
+from qlora.reporting.certificate import add_to_card
+from qlora.reporting.manifest import write_json
+from qlora.runtime import console
+from qlora.runtime.needs import Needs, Rows
+from qlora.runtime.task_result import TaskResult
+from qlora.tasks.measured import load_model
+from qlora.tasks.protocol import TaskJob
+from qlora.tasks.used import describe_used
+
+if TYPE_CHECKING:  # which imports torch
+    from qlora.tasks.trained_side import TrainedSide
+    from qlora.verify.comparison import Verdict
+    from qlora.verify.engine import Engine, Served
+
+CERTIFICATE = "certificate.json"
+
+
+def needs(config: Config) -> Needs:
+    """Returns what the comparison needs: held-out rows are its prompts, and its chats are made of them."""
+    return Needs(torch=True, base=True, rows=Rows.held_out, saved_template=True, caches=True)
+
+
+def run(job: TaskJob) -> TaskResult:
+    """Writes `certificate.json` and a line in the model card; raises `RunError` with the cause where they differ."""
+    from qlora.tasks.trained_side import TrainedSide
+    from qlora.verify.comparison import compare, describe, to_record
+
+    adapter, full = job.session.trained
+    if adapter is None and full is None:
+        raise ConfigError("adapter=none: there is nothing that was trained; give adapter=FOLDER of a finished run")
+    trained = adapter or full
+    assert trained is not None
+    path = _path(job, trained)
+    job.create_folder()
+    side = TrainedSide.of(job, load_model(job))
+    engine = _open(job, path, side)
+    try:
+        served = engine.served
+        total = len(side.chats) + len(side.probes)
+        with console.progress(f"asking {served.name}", total) as update:
+            verdict = compare(engine, side.probes, side.chats, side.endings, max_kl=job.config.verify.max_kl,
+                              show=side.show, on_progress=update)  # fmt: skip
+    finally:
+        engine.close()
+    record = to_record(served, verdict) | {"measured": describe_used(job)}
+    certificate = job.folder.path / CERTIFICATE
+    write_json(certificate, record)
+    if not verdict.accepted:
+        raise RunError(
+            f"verify.engine={job.config.verify.engine}: {served.what} does not serve what was trained: "
+            f"{'; and '.join(verdict.causes)}; {certificate} says all"
+        )
+    for card in (trained.parent / "README.md", trained / "README.md"):
+        add_to_card(card, served.name, describe(served, verdict))
+    metrics = {f"verify_{name}": record[name] for name in ("kl_mean", "kl_max", "top1_agreement")}
+    metrics["verify_equal_chats"] = verdict.equal_chats / max(verdict.chats, 1)
+    result = TaskResult("verify", metrics, {"certificate": str(certificate)}, more={"measured": describe_used(job)})
+    write_json(job.folder.result("verify"), result.to_dict())
+    _print(served, verdict, result)
+    return result
+
+
+def _path(job: TaskJob, trained: Path) -> Path | None:
+    """Returns what the engine loads; None: a server has it. Raises `ConfigError` where nothing is named or known."""
+    verify = job.config.verify
+    if verify.engine.startswith("http"):
+        if verify.path is not None:
+            raise ConfigError(
+                "verify.path is loaded by verify.engine=transformers or llama-cpp; a server has its own model"
+            )
+        return None
+    if verify.path is not None:
+        return expand_home(verify.path, "verify.path")
+    candidates = {
+        "transformers": [trained.parent / "merged", job.folder.merged],
+        "llama-cpp": [*sorted(trained.parent.glob("*.gguf")), *sorted(job.folder.path.glob("*.gguf"))],
+    }[verify.engine]
+    existing = [path for path in candidates if path.exists() and "-adapter-" not in path.name]
+    if not existing:
+        what, task = (
+            ("folder of a merged model", "merge") if verify.engine == "transformers" else ("GGUF file", "export")
+        )
+        raise ConfigError(
+            f"verify.path is not set, and {short_path(trained.parent)} holds no {what}; write one with qlora {task} "
+            f"{short_path(trained.parent)}, and name it with verify.path"
+        )
+    return max(existing, key=lambda path: path.stat().st_mtime)
+
+
+def _open(job: TaskJob, path: Path | None, side: TrainedSide) -> Engine:
+    verify, session = job.config.verify, job.session
+    if verify.lora is not None and verify.engine != "llama-cpp":
+        raise ConfigError("verify.lora is read by verify.engine=llama-cpp; leave it out")
+    if path is None:
+        from qlora.verify.openai_server import OpenAIServer
+
+        return OpenAIServer(verify.engine, session.tokenizer, top=verify.top, model=verify.model)
+    if verify.engine == "llama-cpp":
+        from qlora.verify.llama_cpp_engine import LlamaCppEngine
+
+        lora = None if verify.lora is None else expand_home(verify.lora, "verify.lora")
+        return LlamaCppEngine(path, session.tokenizer, lora=lora, top=verify.top, vocabulary=side.vocabulary,
+                              context=side.context)  # fmt: skip
+    from qlora.verify.transformers_engine import TransformersEngine
+
+    trust = job.config.model.trust_remote_code
+    return TransformersEngine(path, device=session.placement.device, trust_remote_code=trust)
+
+
+def _print(served: Served, verdict: Verdict, result: TaskResult) -> None:
+    divergence = verdict.divergence
+    over = "" if divergence.compared is None else f" over the {divergence.compared} likeliest tokens"
+    chats = "by their number of tokens" if verdict.counted_only else "token by token"
+    rows: list[tuple[str, float | None, float | None, str]] = [
+        ("kl_divergence", None, divergence.kl_mean, f"nats a token{over}, at most {verdict.max_kl:.2g}"),
+        ("largest_kl_divergence", None, divergence.kl_max, f"of {divergence.tokens} positions"),
+        ("same_likeliest_token", None, divergence.top1_agreement, f"share of {divergence.tokens} positions"),
+        ("equal_chats", None, result.metrics["verify_equal_chats"], f"share of {verdict.chats} chats, {chats}"),
+    ]
+    if divergence.adapter_kl is not None:
+        rows.append(("adapter_kl", None, divergence.adapter_kl, "what the adapter changes, in the same measure"))
+    files = [(name, short_path(Path(path))) for name, path in result.paths.items()]
+    console.summary(f"verified: {served.name} serves what was trained", rows, [], files, [])
+    if verdict.chats == 0:
+        console.say("  no server can ask with the tokens of the training, so the chat template was not compared")
+    if verdict.endings == 0:
+        console.say("  no held-out answer ends in a token of its own, so the end token was not tested")

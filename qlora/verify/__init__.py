@@ -1,0 +1,1 @@
+"""Compares what an engine serves with what was trained."""
