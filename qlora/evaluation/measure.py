@@ -126,7 +126,7 @@ class Measurer:
         """
         with evaluation_mode(model), self.autocast():
             metrics = measure_loss(
-                model, self.rows, collate=self.collate, batch_size=self.batch_size, device=self.device
+                model, self._good_rows, collate=self.collate, batch_size=self.batch_size, device=self.device
             )
             measured = Measurement(metrics)
             if self.compare is not None:
@@ -146,6 +146,14 @@ class Measurer:
                 answers.update(zip(batch.rows.tolist(), batch.answers, strict=True))
                 update(len(answers))
         return list(self.records(rows, (answers[index] for index in range(len(rows)))))
+
+    @property
+    def _good_rows(self) -> Dataset:
+        """The rows without those whose answer is a bad one, unless all are."""
+        if "desirable" not in self.rows.column_names:
+            return self.rows
+        good = np.flatnonzero(self.rows.with_format("numpy", columns=["desirable"])[:]["desirable"])
+        return self.rows.select(good) if len(good) else self.rows
 
     @property
     def unanswered(self) -> int:

@@ -46,6 +46,16 @@ def dpo(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> tuple[Path, di
     return folder, run(folder, "loss=dpo", f"data.path={pairs}")
 
 
+def test_bad_answers_are_nothing_that_answers_are_compared_with(pairs: Path, tmp_path: Path) -> None:
+    chosen = [*QUICK, "loss=kto", f"data.path={pairs}", "evaluation=exact-match"]
+    measurer = Run(compose(chosen), tmp_path).session.measurer
+    is_good = measurer.rows["desirable"][:]
+    assert [reference is not None for reference in measurer.rows["reference"][:]] == is_good
+    assert 0 < sum(is_good) < len(is_good)
+    assert measurer._good_rows["desirable"][:] == [True] * sum(is_good)
+    assert measurer.unanswered == len(is_good) - sum(is_good)
+
+
 def test_held_out_pairs_are_told_apart_and_measured_with_intervals_and_the_difference_to_the_start(
     dpo: tuple[Path, dict[str, Any]],
 ) -> None:

@@ -355,7 +355,9 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
         prompts = [np.asarray(job.tokenizer.encode_asked(encoded), dtype=np.int32) for encoded in kept]
         cells["prompt_ids"] = _lists(prompts)
         cells["prompt"] = [turn.prompt for turn in turns]
-        cells["reference"] = [turn.reference for turn in turns]
+        # A bad answer is nothing that an answer is compared with.
+        is_bad = [encoded.desirable is False for encoded in kept]
+        cells["reference"] = [None if bad else turn.reference for turn, bad in zip(turns, is_bad, strict=True)]
         cells[TASK_COLUMN] = tasks
     return pa.record_batch([pa.array(cells[field.name], type=field.type) for field in job.schema], schema=job.schema)
 
