@@ -107,6 +107,11 @@ class FastStep:
         return any(state == ON for state in self.parts.values())
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether the answers of a pair share their prompt where a batch says how."""
+        return self._attention is not None and self._attention.shares_prompts
+
+    @property
     def packed_experts(self) -> int:
         """The number of layers whose experts the step decodes, as far as they are not kept decoded."""
         return sum(layer.is_packed for layer in self._context.experts)
