@@ -86,6 +86,8 @@ class TokenCount:
     """The tokens of a pass that the loss counts; None: they were not counted."""
     most_targets: int | None = None
     """The most of them in a row or a pack."""
+    attended: float = 1.0
+    """The tokens of all rows for each of `tokens`: more than 1 where the answers of pairs share their prompt."""
 
 
 def training_length(trainer: TrainerConfig, units: int, *, unit: str = "rows", processes: int = 1) -> TrainingLength:

@@ -30,8 +30,9 @@ class Passes(Protocol):
     targets: int | None
     """The number of labels in the batch, or more; None: it is not known."""
 
-    sides: int
-    """The most sides of pairs in a pack."""
+    @property
+    def sides(self) -> int:
+        """The most sides of pairs in a pack."""
 
     def operands(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """Returns hidden states [rows, tokens, width] and the output matrix [vocabulary, width]; None: only logits."""

@@ -46,7 +46,7 @@ class RewardModel(AnswerLoss):
 
 
 def _last(is_in: Tensor) -> Tensor:
-    """Returns the index of the last token of each row, int64 [..., rows], of which `is_in` [..., rows, tokens] tells."""
+    """Returns the last token of each row, int64 [..., rows]; `is_in` [..., rows, tokens] says which are in it."""
     import torch
 
     return torch.where(is_in, torch.arange(is_in.shape[-1], device=is_in.device), 0).amax(-1)

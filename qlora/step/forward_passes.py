@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.step.hidden_states import hidden_states
+from qlora.step.kernels.shared_prompts import NAMES, to_places
 from qlora.step.part import Packs
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
 from qlora.step.reference import ReferenceWeights
-from qlora.step.shared_prompts import NAMES, to_places
 
 HEAD = "score"
 """The name of a reward head in the model."""
@@ -42,11 +42,16 @@ class ForwardPasses:
     ) -> None:
         """Takes the parts that are on, and what measures the trained weights anew where a part needs that."""
         self.base, self._attention, self._loss, self._reference = base, attention, loss, reference
-        self._measure_weights, self._packs = measure_weights, packs
-        self.sides = 2 if packs is None else packs.rows
-        """The most sides of pairs in a pack; a row whose answers share their prompt is a pack of one pair."""
+        self._measure_weights = measure_weights
+        self.packs = packs
+        """The limits of the packs in the data set; None: rows are not packed."""
         self.targets: int | None = None
         """The number of labels in the batch, or more; None: it is not known."""
+
+    @property
+    def sides(self) -> int:
+        """The most sides of pairs in a pack; a row whose answers share their prompt is a pack of one pair."""
+        return 2 if self.packs is None else self.packs.rows
 
     def operands(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """Returns hidden states [rows, tokens, width] and the output matrix; None where `trainer.fused_loss` is off."""
@@ -82,7 +87,7 @@ class ForwardPasses:
         self._measure_weights()
 
     def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = batch if self._attention is None else self._attention.lay_out(batch, self._packs)
+        batch = batch if self._attention is None else self._attention.lay_out(batch, self.packs)
         return {name: value for name, value in batch.items() if name not in ("labels", *NAMES)}
 
 

@@ -430,10 +430,13 @@ class Training:
         if data.packed is not None:
             padded = float(self.config.data.pack_width or 0)
         else:
-            padded = padded_length(column(data.train, "length"), batch, grouped=trainer.group_by_length)
-        length, tokens = session.length, data.report.train_tokens
+            padded = padded_length(data.lengths, batch, grouped=trainer.group_by_length)
+        length, tokens = session.length, int(data.lengths.sum())
         targets = int(column(data.train, "trained").sum())
-        count = TokenCount(length.units, length.unit, tokens, padded, targets=targets, most_targets=data.most_targets)
+        count = TokenCount(
+            length.units, length.unit, tokens, padded, targets=targets, most_targets=data.most_targets,
+            attended=data.attended,
+        )  # fmt: skip
         time = planned_time(self.config, count)
         return {"time": time} if time is not None else {}
 

@@ -46,7 +46,7 @@ PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "moe"}) | RECUR
 or not at all. Others choose tokens by a mask of their own: in chunks, by an indexer, in compressed blocks."""
 PROBE = "qlora_probe"
 MOVED = 0.02
-"""The largest part of the distance of two tokens that counts as rounding: in 8 bits tokens round by their neighbours."""
+"""The largest part of the distance of two tokens that counts as rounding: in 8 bits they round by their neighbours."""
 
 
 def takes_any_attention(model: PreTrainedModel) -> bool:

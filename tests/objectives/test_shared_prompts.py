@@ -14,8 +14,8 @@ from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCo
 from qlora.data.batching.packing import PackedRows
 from qlora.data.batching.shared_prompts import count_shared
 from qlora.objectives.protocol import PLACES
-from qlora.step import shared_prompts
 from qlora.step.fast_step import FastStep
+from qlora.step.kernels import shared_prompts
 from qlora.step.part import ON, Packs
 from qlora.upstream.transformers_model import mixes_by_attention_alone
 from tests.objectives.test_answer_losses import PLACEMENT, composed, objective, step_of

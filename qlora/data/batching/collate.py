@@ -31,8 +31,8 @@ class Collator:
 
         Packs (rows with `position_ids`) give `position_ids` in place of the mask: a model of transformers reads the
         borders inside a pack from the positions, and only where there is no mask. Padding is one more row of the
-        pack, with positions of its own from 0. Where answers share prompts, `PLACES` say which token stands where; there
-        is a place of padding at least, which is the first one of each token of padding.
+        pack, with positions of its own from 0. Where answers share prompts, `PLACES` say which token stands where;
+        there is a place of padding at least, which is the first one of each token of padding.
         """
         ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         lengths = np.array([len(row) for row in ids])

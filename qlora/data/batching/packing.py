@@ -146,7 +146,7 @@ class PackedRows:
 
 
 def lengths_of(rows: Dataset, *, shares_prompts: bool) -> np.ndarray:
-    """Returns the tokens of each row, int [rows]: of both sides of a pair, and where they share their prompt it once."""
+    """Returns the tokens of each row, int [rows]; of a pair those of both sides, of a prompt that they share once."""
     lengths = column(rows, "length")
     return lengths - column(rows, "shared") if shares_prompts else lengths
 

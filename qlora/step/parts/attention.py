@@ -28,8 +28,8 @@ from qlora.step.kernels.attention import (
     has_varlen,
     wide_tiles,
 )
+from qlora.step.kernels.shared_prompts import NAMES, Places, to_places, to_tokens
 from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Packs, Request, StepContext
-from qlora.step.shared_prompts import NAMES, Places, to_places, to_tokens
 from qlora.upstream.transformers_model import (
     attention_of,
     mixes_by_attention_alone,
@@ -249,8 +249,8 @@ def attend_sharing(
     """
     if places is None:
         return attend_packed(module, query, key, value, attention_mask, **kwargs)
-    rows = [to_places(tensor[0].transpose(0, 1), places).transpose(0, 1)[None] for tensor in (query, key, value)]
-    output, _ = attend_packed(module, *rows, attention_mask, **kwargs)
+    q, k, v = (to_places(tensor[0].transpose(0, 1), places).transpose(0, 1)[None] for tensor in (query, key, value))
+    output, _ = attend_packed(module, q, k, v, attention_mask, **kwargs)
     return to_tokens(output[0], places)[None], None
 
 

@@ -1,9 +1,9 @@
 """Answers that share their prompt: its tokens are computed once, and attention sees them in the row of each answer.
 
-For each pair the layers compute the prompt, the rest of the chosen answer's row, and the rest of the rejected one's. For
-attention alone, queries, keys and values are copied to whole rows, with ordinary causal attention inside each. Of the
-prompt's outputs, which are the same in both rows, the first are kept. So everything is what it is with each row by
-itself, and in the backward pass a token gets the gradients of both of its places: no atomic addition, one order.
+For each pair the layers compute the prompt, the rest of the chosen row, and the rest of the rejected one. For attention
+alone, queries, keys and values are copied to whole rows, with ordinary causal attention inside each. Of the prompt's
+outputs, which are the same in both rows, the first are kept. So everything is what it is with each row by itself. In
+the backward pass a token gets the gradients of both of its places, in one order: there is no atomic addition.
 """
 
 from __future__ import annotations
