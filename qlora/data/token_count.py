@@ -62,8 +62,8 @@ def count_tokens(
     """Counts the tokens of the rows to train on, of `SAMPLE` of them where there are more.
 
     `batch` is the number of rows that are padded to the same length, of similar ones where they are `grouped`. A prompt
-    that the answers of a pair share counts once. Raises a `UserError` as training would, for rows that it could not
-    read.
+    that the answers of a pair share takes its room once. Raises a `UserError` as training would, for rows that it could
+    not read.
     """
 
     def count(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +110,7 @@ class Count(NamedTuple):
     is_sample: bool
     """Whether there are rows that were not counted."""
     attended: float
-    """The tokens of all rows for each that is counted: more than 1 where answers share prompts."""
+    """The tokens of all rows for each in `lengths`: more than 1 where answers share prompts."""
 
 
 def _counts(
@@ -133,7 +133,9 @@ def _counts(
 def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, estimate: str) -> TokenCount:
     lengths = np.concatenate([count.lengths for count in counts])
     rows = sum(count.rows for count in counts)
-    tokens = sum(count.rows * float(count.lengths.mean()) for count in counts)
+    computed = sum(count.rows * float(count.lengths.mean()) for count in counts)
+    tokens = sum(count.rows * float(count.lengths.mean()) * count.attended for count in counts)
+    attended = tokens / computed
     by_row = [count.targets for count in counts if count.targets is not None]
     targets = np.concatenate(by_row) if len(by_row) == len(counts) else None
     all_targets = sum(count.rows * float(count.targets.mean()) for count in counts if count.targets is not None)
@@ -141,10 +143,9 @@ def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, e
         fraction = config.max_train_samples / rows
         rows, tokens, all_targets = config.max_train_samples, tokens * fraction, all_targets * fraction
     trained = None if targets is None else round(all_targets)
-    attended = max(count.attended for count in counts)
     if (width := config.pack_width) is not None:
         members = pack(lengths, width)
-        units = max(round(tokens / (efficiency(members, lengths, width) * width)), 1)
+        units = max(round(tokens / attended / (efficiency(members, lengths, width) * width)), 1)
         most = None if targets is None else max(int(targets[indices].sum()) for indices in members)
         return TokenCount(units, "packs", round(tokens), float(width), estimate, trained, most, attended)
     most = None if targets is None else int(targets.max())

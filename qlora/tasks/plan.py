@@ -276,6 +276,10 @@ def _times(plan: Plan, why_not: str) -> list[tuple[str, str]]:
         rows.append(("tokens", f"not counted: {why_not}" if why_not else "not counted"))
     elif plan.length is not None:
         rows.append(("tokens", plan.length.describe_tokens(tokens.tokens, tokens.estimate)))
+    if tokens is not None and tokens.attended > 1:
+        rows.append(
+            ("prompts", f"once for both answers of a pair: {1 - 1 / tokens.attended:.0%} of the tokens are saved")
+        )
     if speed is None:
         return [*rows, ("tokens a second", f"unknown: {plan.gpu.name} is not in the table of GPUs")]
     rows.append(("tokens a second", f"{format_speed(speed.tokens_per_second)} (the time goes into {speed.bound})"))

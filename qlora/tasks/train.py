@@ -431,7 +431,7 @@ class Training:
             padded = float(self.config.data.pack_width or 0)
         else:
             padded = padded_length(data.lengths, batch, grouped=trainer.group_by_length)
-        length, tokens = session.length, int(data.lengths.sum())
+        length, tokens = session.length, data.report.train_tokens
         targets = int(column(data.train, "trained").sum())
         count = TokenCount(
             length.units, length.unit, tokens, padded, targets=targets, most_targets=data.most_targets,

@@ -165,6 +165,7 @@ def test_packs_count_a_shared_prompt_once_and_a_model_that_cannot_share_it_gets_
     assert "first_place" not in separate.collator(96)([separate.data.packed[0]])
     assert re.search(
         r"data\.packing=true: both answers of a pair have a prompt of their own, because trainer\.fused_attention "
-        rf"cannot share it \(this architecture .*\): {len(separate.data.packed)} packs instead of {before}, {separate.length}",
+        rf"cannot share it \(this architecture .*\): {len(separate.data.packed)} packs instead of {before}, "
+        + str(separate.length),
         caplog.text,
     )
