@@ -128,6 +128,7 @@ def _checkpoint_metadata(session: Session) -> dict[str, Any]:
         "data": session.data.report.fingerprint,
         "processes": distributed.world_size(),
         "rows": session.rows_a_step,
+        "shares_prompts": session.data.shares_prompts,
         "trackers": tracker_ids(session.folder.path),
     }
 

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from qlora import adapters
 from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCollator
 from qlora.data.batching.packing import PackedRows
 from qlora.data.batching.shared_prompts import count_shared
@@ -86,13 +87,18 @@ def test_rows_and_packs_that_share_prompts_learn_what_each_answer_by_itself_teac
         assert_same(learn(model, step(*SHARING, packs=packs), batch), plain)
 
 
-@pytest.mark.parametrize("more", [(), ("trainer.gradient_checkpointing=true",), ("trainer.fused_loss=false",)])
-def test_the_reference_checkpointing_and_logits_see_the_same_answers(more: tuple[str, ...]) -> None:
-    plain = learn(*step_of(objective("loss=dpo"), "trainer.gradient_checkpointing=false"), SidesCollator(0)(PAIRS))
-    sharing = learn(*step_of(objective("loss=dpo"), *SHARING, *more), SharedPromptsCollator(0)(PAIRS))
-    assert_same(sharing, plain)
-    again = learn(*step_of(objective("loss=dpo"), *SHARING, *more), SharedPromptsCollator(0)(PAIRS))
-    assert torch.equal(again, sharing)
+def test_the_reference_checkpointing_and_logits_see_the_same_answers_and_give_the_same_bits_again() -> None:
+    model, plain = step_of(objective("loss=dpo"), "trainer.gradient_checkpointing=false")
+    reference = adapters.reference_at_start(model, is_base=True)
+    expected = learn(model, plain, SidesCollator(0)(PAIRS))
+    for more in ((), ("trainer.gradient_checkpointing=true",), ("trainer.fused_loss=false",)):
+        config = composed(*SHARING, *more, "device=cpu", "trainer.fused_linear=false")
+        step = FastStep(
+            model, config.trainer, config.quantization, PLACEMENT, None, objective("loss=dpo"), reference
+        )  # fmt: skip
+        sharing = learn(model, step, SharedPromptsCollator(0)(PAIRS))
+        assert_same(sharing, expected)
+        assert torch.equal(learn(model, step, SharedPromptsCollator(0)(PAIRS)), sharing)
 
 
 def test_the_layers_compute_each_token_of_a_prompt_once() -> None:

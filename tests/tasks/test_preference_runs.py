@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from qlora.config.compose import compose
-from qlora.errors import DataError
+from qlora.errors import DataError, RunError
 from qlora.models.model_files import locate
 from qlora.run import Run
 from qlora.step.parts import attention
 from qlora.tasks import build_trainer
+from qlora.training.resume import check_prompts
 from tests.faults.runs import write_preferences
 
 QUICK = [
@@ -169,3 +171,27 @@ def test_packs_count_a_shared_prompt_once_and_a_model_that_cannot_share_it_gets_
         + str(separate.length),
         caplog.text,
     )
+
+
+def test_a_run_resumes_where_prompts_count_as_they_did(pairs: Path, tmp_path: Path) -> None:
+    sharing = ["loss=dpo", f"data.path={pairs}", "trainer.fused_attention=true", "trainer.save_steps=1",
+               "trainer.eval_steps=null", "trainer.keep=last", "task.evaluate=false"]  # fmt: skip
+    whole = run(tmp_path / "whole", *sharing, *PACKED, "trainer.per_device_train_batch_size=1", "trainer.max_steps=3")
+    assert whole["metrics"]["train_loss"] > 0
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    first = checkpoints / "checkpoint-1"
+    config = compose([*QUICK, *sharing, *PACKED])
+    check_prompts(first, config, shares_prompts=True)
+    with pytest.raises(
+        RunError,
+        match=r"checkpoint-1 was written by a step that computed the prompt of a pair once, and here it is computed "
+        r"twice \(trainer\.fused_attention\): packs come in another order; resume on the kind of device where the run ",
+    ):
+        check_prompts(first, config, shares_prompts=False)
+    check_prompts(first, compose([*QUICK, *sharing, "trainer.group_by_length=false"]), shares_prompts=False)
+    adapter = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for late in (checkpoints / "checkpoint-2", checkpoints / "checkpoint-3", tmp_path / "whole" / "adapter"):
+        shutil.rmtree(late)
+    (tmp_path / "whole" / "result.json").unlink()
+    run(tmp_path / "whole", *sharing, *PACKED, "trainer.per_device_train_batch_size=1", "trainer.max_steps=3")
+    assert (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
