@@ -202,7 +202,7 @@ class Session:
     def collator(self, width: int = 0) -> Collator | SharedPromptsCollator | SidesCollator:
         """Returns what makes batches of rows or packs to train on, each at least `width` tokens wide."""
         if (packed := self.data.packed) is not None:
-            return Collator(self.pad_token_id, width=width, places=(packed.places or 0) if width else 0)
+            return Collator(self.pad_token_id, width=width, most_cells=(packed.most_cells or 0) if width else 0)
         if self.data.shares_prompts:
             return SharedPromptsCollator(self.pad_token_id)
         return Collator(self.pad_token_id, width=width) if self.row_kind is RowKind.tokens else self._sides

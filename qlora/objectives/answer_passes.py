@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qlora.objectives.answers import Answers, sides_of
 from qlora.objectives.linear_cross_entropy import entropies_and_gradient, linear_entropies
-from qlora.objectives.protocol import IGNORED, PLACES
+from qlora.objectives.protocol import IGNORED, SHARED_ROWS
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *PLACES)
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SHARED_ROWS)
 """The columns of a batch that the step reads; the others are the loss's."""
 BUCKET = 256
 """The number of hidden states that are read is a multiple of it: compiled code meets few shapes."""

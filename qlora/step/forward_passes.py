@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.step.hidden_states import hidden_states
-from qlora.step.kernels.shared_prompts import NAMES, to_places
+from qlora.step.kernels.shared_prompts import NAMES, to_cells
 from qlora.step.part import Packs
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
@@ -62,12 +62,12 @@ class ForwardPasses:
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Returns logits [rows, tokens, vocabulary]."""
         batch = self._laid_out(batch)
-        return _in_places(type(self.base).forward(self.base, use_cache=False, **batch).logits, batch)
+        return _in_cells(type(self.base).forward(self.base, use_cache=False, **batch).logits, batch)
 
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """Returns the last hidden states [rows, tokens, width]."""
         batch = self._laid_out(batch)
-        return _in_places(hidden_states(self.base, batch), batch)
+        return _in_cells(hidden_states(self.base, batch), batch)
 
     def rewards(self, batch: dict[str, Any], last: Tensor) -> Tensor:
         """Returns what the reward head makes of the tokens `last` int64 [rows, ends], float32 [rows, ends]."""
@@ -91,6 +91,6 @@ class ForwardPasses:
         return {name: value for name, value in batch.items() if name not in ("labels", *NAMES)}
 
 
-def _in_places(values: Tensor, batch: dict[str, Any]) -> Tensor:
+def _in_cells(values: Tensor, batch: dict[str, Any]) -> Tensor:
     """Returns what was computed of each token where it stands in the rows of a batch that is laid out."""
-    return values if (places := batch.get("places")) is None else to_places(values[0], places)[None]
+    return values if (shared_rows := batch.get("shared_rows")) is None else to_cells(values[0], shared_rows)[None]

@@ -165,7 +165,7 @@ def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep
 
 def _limits(session: Session) -> Packs | None:
     packed, width = session.data.packed, session.config.data.pack_width
-    return Packs(packed.places or width, packed.most_rows, packed.longest_row) if packed and width else None
+    return Packs(packed.most_cells or width, packed.most_rows, packed.longest_row) if packed and width else None
 
 
 def _separate_prompts(session: Session, step: FastStep) -> None:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import seed_worker
 
 from qlora.objectives import Objective
 from qlora.objectives.answers import AnswerLoss
-from qlora.objectives.protocol import IGNORED, PLACES
+from qlora.objectives.protocol import IGNORED, SHARED_ROWS
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
 from qlora.upstream.torch import Rows, as_dataset
 
@@ -49,7 +49,7 @@ class CountingCollator:
         batch["labels"] = self.objective.labels(batch)
         targets = (batch["labels"] != IGNORED).flatten(1).sum(1).numpy()
         counts = tuple(number if rows else 0 for number in self.count(batch))
-        saved = int((batch[PLACES[2]] >= 0).sum()) if rows and PLACES[2] in batch else 0
+        saved = int((batch[SHARED_ROWS[2]] >= 0).sum()) if rows and SHARED_ROWS[2] in batch else 0
         counted: dict[str, Any] = {TARGETS: targets, COUNTS: counts, SAVED: saved}
         if isinstance(self.objective, AnswerLoss):
             counted[WEIGHTS] = self.objective.count(batch).numpy()

@@ -74,10 +74,10 @@ def check_prompts(checkpoint: Path, config: Config, *, shares_prompts: bool) -> 
     if not is_ordered or read_metadata(checkpoint).get("shares_prompts", False) == shares_prompts:
         return
     what = "packs" if config.data.packing else "rows that are grouped by length (trainer.group_by_length)"
-    before, now = ("twice", "once") if shares_prompts else ("once", "twice")
+    previous, now = ("twice", "once") if shares_prompts else ("once", "twice")
     message = (
-        f"{checkpoint} was written by a step that computed the prompt of a pair {before}, and here it is computed {now} "
-        f"(trainer.fused_attention): {what} come in another order"
+        f"{checkpoint} was written by a step that computed the prompt of a pair {previous}, and here it is computed "
+        f"{now} (trainer.fused_attention): {what} come in another order"
     )
     if config.resume is Resume.force:
         log.warning("resume=force: %s", message)

@@ -72,21 +72,23 @@ def mixes_by_attention_alone(model: PreTrainedModel) -> bool:
     of which the first one is changed: recurrences, convolutions and shifts show it to the next.
     """
     size = model.config.get_text_config().vocab_size
-    has_places: list[bool] = []
+    is_handed_on: list[bool] = []
 
     def note(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        has_places.append("places" in kwargs)
+        is_handed_on.append("shared_rows" in kwargs)
         return _no_attention(query, value), None
 
     logits = []
     for first in (0, 5):
         ids = torch.tensor([[first, 1, 2, 3]]) % size
-        output = _try_attention(model, note, {"input_ids": ids, "position_ids": torch.arange(4)[None], "places": None})
+        output = _try_attention(
+            model, note, {"input_ids": ids, "position_ids": torch.arange(4)[None], "shared_rows": None}
+        )
         if output is None:
             return False
         logits.append(output[0].float())
     spread, moved = (logits[0][1] - logits[0][2]).norm(), (logits[0][1:] - logits[1][1:]).norm()
-    return bool(has_places) and all(has_places) and bool(moved <= MOVED * spread)
+    return bool(is_handed_on) and all(is_handed_on) and bool(moved <= MOVED * spread)
 
 
 def _hands_on(model: PreTrainedModel, *, packed: bool) -> bool:

@@ -14,7 +14,7 @@ from qlora import adapters
 from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCollator
 from qlora.data.batching.packing import PackedRows
 from qlora.data.batching.shared_prompts import count_shared
-from qlora.objectives.protocol import PLACES
+from qlora.objectives.protocol import SHARED_ROWS
 from qlora.step.fast_step import FastStep
 from qlora.step.kernels import shared_prompts
 from qlora.step.part import ON, Packs
@@ -46,10 +46,10 @@ PAIRS = [pair(6, 3, 5, seed=1), pair(1, 8, 1, seed=2), pair(4, 6, 4, same=2, see
 
 def packs_of(rows: list[dict[str, Any]], *packs: list[int]) -> tuple[dict[str, Tensor], Packs]:
     packed = PackedRows(Dataset.from_list(rows), [np.array(pack) for pack in packs], shares_prompts=True)
-    assert packed.places is not None
+    assert packed.most_cells is not None
     width = int(packed.lengths.max()) + 3
-    batch = Collator(0, width=width, places=packed.places + 2)([packed[index] for index in range(len(packed))])
-    assert batch["first_place"].shape[1] == width < batch["input_ids"].shape[1]
+    batch = Collator(0, width=width, most_cells=packed.most_cells + 2)([packed[index] for index in range(len(packed))])
+    assert batch["first_cell"].shape[1] == width < batch["input_ids"].shape[1]
     return batch, Packs(batch["input_ids"].shape[1], packed.most_rows, packed.longest_row)
 
 
@@ -120,24 +120,24 @@ def test_what_both_rows_of_a_pair_begin_with_is_shared_up_to_where_tokens_or_lab
 
 def test_a_batch_says_where_each_token_stands() -> None:
     batch = SharedPromptsCollator(0)([pair(2, 1, 2), pair(0, 1, 1)])
-    token_of, first, second = (batch[name].tolist() for name in PLACES)
+    token_of, first, second = (batch[name].tolist() for name in SHARED_ROWS)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 0, 1, 2, 3, 4, 5]]
     assert token_of == [[0, 1, 2, 0, 1, 3, 4, 4], [0, 1, 4, 4, 4, 4, 4, 4]]
     assert first == [[0, 1, 2, 5, 6], [0, 1, 2, 2, 2]]
     assert second == [[3, 4, -1, -1, -1], [-1, -1, -1, -1, -1]]
 
 
-def test_the_gradient_of_a_token_is_the_sum_over_its_places_and_its_output_is_read_once() -> None:
+def test_the_gradient_of_a_token_is_the_sum_over_its_cells_and_its_output_is_read_once() -> None:
     batch = SharedPromptsCollator(0)([pair(2, 1, 2), pair(0, 1, 1)])
-    places = shared_prompts.Places.of(batch)
+    shared_rows = shared_prompts.SharedRows.of(batch)
     tokens = torch.randn(10, 3, 4, dtype=torch.float64, requires_grad=True)
     values = torch.randn(16, 3, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(16, 3, 4, dtype=torch.float64)
     weights[[7, *range(10, 16)]] = 0  # nothing reads padding
-    shared_prompts.to_places(tokens, places).mul(weights).sum().backward()
-    expected = torch.zeros_like(tokens).index_add(0, places.token_of, weights)
+    shared_prompts.to_cells(tokens, shared_rows).mul(weights).sum().backward()
+    expected = torch.zeros_like(tokens).index_add(0, shared_rows.token_of, weights)
     torch.testing.assert_close(tokens.grad, expected)
-    kept = shared_prompts.to_tokens(values, places)
+    kept = shared_prompts.to_tokens(values, shared_rows)
     assert torch.equal(kept[[0, 1, 3, 5, 6]], values[[0, 1, 5, 8, 9]])
     (kept * expected).sum().backward()
     assert values.grad is not None

@@ -154,20 +154,20 @@ def test_packs_count_a_shared_prompt_once_and_a_model_that_cannot_share_it_gets_
     assert sharing.data.packed is not None
     assert sharing.data.packed.lengths.sum() < sharing.data.report.train_tokens
     batch = sharing.collator(96)([sharing.data.packed[0]])
-    assert batch["first_place"].shape == (1, 96)
-    assert batch["input_ids"].shape == (1, sharing.data.packed.places)
+    assert batch["first_cell"].shape == (1, 96)
+    assert batch["input_ids"].shape == (1, sharing.data.packed.most_cells)
 
     monkeypatch.setattr(attention, "mixes_by_attention_alone", lambda model: False)
-    before = len(sharing.data.packed)
+    fewer = len(sharing.data.packed)
     step = build_trainer.build_step(separate, separate.add_adapter(separate.load_base()))
     assert not step.shares_prompts
     assert separate.data.packed is not None
     assert separate.data.packed.lengths.sum() == separate.data.report.train_tokens
-    assert len(separate.data.packed) == separate.length.units > before
-    assert "first_place" not in separate.collator(96)([separate.data.packed[0]])
+    assert len(separate.data.packed) == separate.length.units > fewer
+    assert "first_cell" not in separate.collator(96)([separate.data.packed[0]])
     assert re.search(
         r"data\.packing=true: both answers of a pair have a prompt of their own, because trainer\.fused_attention "
-        rf"cannot share it \(this architecture .*\): {len(separate.data.packed)} packs instead of {before}, "
+        rf"cannot share it \(this architecture .*\): {len(separate.data.packed)} packs instead of {fewer}, "
         + str(separate.length),
         caplog.text,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora.data.batching.packing import SIDES
 from qlora.data.batching.row_encoder import IGNORED
 from qlora.data.batching.shared_prompts import NOWHERE, join_sides
-from qlora.objectives.protocol import PLACES
+from qlora.objectives.protocol import SHARED_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,39 +23,41 @@ class Collator:
     pad_token_id: int
     width: int = 0
     """Every batch is at least so wide; equal shapes let compiled code be used again."""
-    places: int = 0
-    """Where answers share prompts, the rows of a batch have at least so many places, and `width` tokens."""
+    most_cells: int = 0
+    """Where answers share prompts, the rows of a batch have at least so many cells, and `width` tokens."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Returns input_ids, attention_mask and labels, each int64 [rows, width]; padding has the label -100.
 
         Packs (rows with `position_ids`) give `position_ids` in place of the mask: a model of transformers reads the
         borders inside a pack from the positions, and only where there is no mask. Padding is one more row of the
-        pack, with positions of its own from 0. Where answers share prompts, `PLACES` say which token stands where;
-        there is a place of padding at least, which is the first one of each token of padding.
+        pack, with positions of its own from 0. Where answers share prompts, `SHARED_ROWS` say which token stands where;
+        there is a cell of padding at least, which is the first one of each token of padding.
         """
         ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         lengths = np.array([len(row) for row in ids])
-        shares = PLACES[0] in rows[0]
-        cells = np.arange(max(lengths.max() + 1, self.places) if shares else max(lengths.max(), self.width))[None, :]
+        shares = SHARED_ROWS[0] in rows[0]
+        cells = np.arange(max(lengths.max() + 1, self.most_cells) if shares else max(lengths.max(), self.width))[
+            None, :
+        ]
         inside = cells < lengths[:, None]
         batch = {"input_ids": _fill(ids, inside, self.pad_token_id), "labels": _fill(labels, inside, IGNORED)}
         if "position_ids" in rows[0]:
             batch["position_ids"] = _fill([row["position_ids"] for row in rows], inside, cells - lengths[:, None])
             if shares:
-                batch |= self._places(rows, inside)
+                batch |= self._shared_rows(rows, inside)
         else:
             batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
         return batch
 
-    def _places(self, rows: Sequence[Mapping[str, Any]], inside: np.ndarray) -> dict[str, Tensor]:
-        token_of, first, second = ([row[name] for row in rows] for name in PLACES)
+    def _shared_rows(self, rows: Sequence[Mapping[str, Any]], inside: np.ndarray) -> dict[str, Tensor]:
+        token_of, first, second = ([row[name] for row in rows] for name in SHARED_ROWS)
         tokens = np.array([len(row) for row in first])
         width = max(tokens.max(), self.width)
         is_token = np.arange(width)[None, :] < tokens[:, None]
-        padding = inside.sum(1, keepdims=True)  # the first place behind all rows
+        padding = inside.sum(1, keepdims=True)  # the first cell behind all rows
         filled = (_fill(token_of, inside, width - 1), _fill(first, is_token, padding), _fill(second, is_token, NOWHERE))
-        return dict(zip(PLACES, filled, strict=True))
+        return dict(zip(SHARED_ROWS, filled, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

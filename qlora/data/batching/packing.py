@@ -114,7 +114,7 @@ class PackedRows:
         lengths = column(rows, "length")[self._order]
         self.lengths = _sums(lengths_of(rows, shares_prompts=shares_prompts)[self._order], counts)
         """Tokens in each pack, a shared prompt once: int64 [packs]."""
-        self.places = int(_sums(lengths, counts).max(initial=0)) + 1 if shares_prompts else None
+        self.most_cells = int(_sums(lengths, counts).max(initial=0)) + 1 if shares_prompts else None
         """Where answers share prompts, the most tokens of all their rows in a pack, and one of padding; else None."""
         self.most_rows = int(counts.max(initial=0)) * len(self._sides)
         self.longest_row = _longest_side(rows, lengths)

@@ -1,8 +1,8 @@
 """The answers of pairs as rows that share their prompt: which of their tokens are the same, and where each stands.
 
-The tokens of pairs stand in a batch as those of packs do: the chosen row, then the rejected one, each with its prompt.
-Beside them stands which of these places hold the same token of the same prompt. So a step may compute it once, in all
-but attention: for each pair the prompt, the rest of the chosen row, and the rest of the rejected one.
+The cells of a batch hold the tokens of pairs as those of packs: the chosen row, then the rejected one, each with its
+prompt. Beside them stands which of these cells hold the same token of the same prompt. So a step may compute it once,
+in all but attention: for each pair the prompt, the rest of the chosen row, and the rest of the rejected one.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from qlora.data.batching.row_encoder import IGNORED
-from qlora.objectives.protocol import PLACES
+from qlora.objectives.protocol import SHARED_ROWS
 
 NOWHERE = -1
-"""The second place of a token that stands in one row alone."""
+"""The second cell of a token that stands in one row alone."""
 
 
 def count_shared(chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]]) -> int:
@@ -37,7 +37,7 @@ def join_sides(
 
     Positions restart at 0 with every row, by which a model separates the rows. The first label of a row is ignored: the
     token before it belongs to another row. Of pairs, whose sides follow each other, `shared` holds the tokens that each
-    one's sides share; the pack then has `PLACES`, too.
+    one's sides share; the pack then has `SHARED_ROWS`, too.
     """
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -45,24 +45,24 @@ def join_sides(
     joined[starts] = IGNORED
     positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
     pack = {"input_ids": np.concatenate(ids), "labels": joined, "position_ids": positions}
-    return pack if shared is None else pack | _places(lengths, starts, np.asarray(shared, dtype=np.int64))
+    return pack if shared is None else pack | _cells_of(lengths, starts, np.asarray(shared, dtype=np.int64))
 
 
-def _places(lengths: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the token that stands in each place of a pack, and the places of each token, int64.
+def _cells_of(lengths: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the token that stands in each cell of a pack, and the cells of each token, int64.
 
-    A token has a first place, and a second one where it is in both rows of a pair; else that is -1.
+    A token has a first cell, and a second one where it is in both rows of a pair; else that is -1.
     """
     total = int(lengths.sum())
     is_again = np.zeros(total, bool)  # what stands in a rejected row and was computed for the chosen one
-    place = np.arange(total)
+    cell = np.arange(total)
     rejected, chosen = starts[1::2], starts[::2]
     inside = np.arange(shared.sum()) - np.repeat(np.cumsum(shared) - shared, shared)
     again, first = np.repeat(rejected, shared) + inside, np.repeat(chosen, shared) + inside
     is_again[again] = True
     token_of = np.cumsum(~is_again) - 1
     token_of[again] = token_of[first]
-    first_place = place[~is_again]
-    second_place = np.full(len(first_place), NOWHERE)
-    second_place[token_of[again]] = again
-    return dict(zip(PLACES, (token_of, first_place, second_place), strict=True))
+    first_cell = cell[~is_again]
+    second_cell = np.full(len(first_cell), NOWHERE)
+    second_cell[token_of[again]] = again
+    return dict(zip(SHARED_ROWS, (token_of, first_cell, second_cell), strict=True))

@@ -28,7 +28,7 @@ from qlora.step.kernels.attention import (
     has_varlen,
     wide_tiles,
 )
-from qlora.step.kernels.shared_prompts import NAMES, Places, to_places, to_tokens
+from qlora.step.kernels.shared_prompts import NAMES, SharedRows, to_cells, to_tokens
 from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Packs, Request, StepContext
 from qlora.upstream.transformers_model import (
     attention_of,
@@ -105,13 +105,13 @@ class FusedAttention(ConfiguredPart):
 
         A batch of single rows stays padded: the padding comes last, where causal attention does not see it. For a
         model with a sliding window, or that needs `flex_attention`, such a batch is laid out too. Where answers share
-        prompts, `input_ids` and `position_ids` are those of their tokens, and all else is that of their places.
+        prompts, `input_ids` and `position_ids` are those of their tokens, and the rest is that of the rows in which they are.
         """
         ids = batch["input_ids"]
         count, width = ids.shape
-        places = Places.of(batch) if self.shares_prompts and NAMES[0] in batch else None
+        shared_rows = SharedRows.of(batch) if self.shares_prompts and NAMES[0] in batch else None
         if packs is None and "position_ids" in batch:  # of one pair each, whose rows hold no more than all its tokens
-            packs = Packs(width, 2, width if places is None else len(places.first) // count)
+            packs = Packs(width, 2, width if shared_rows is None else len(shared_rows.first) // count)
         batch = {name: value for name, value in batch.items() if name not in ("attention_mask", *NAMES)}
         if packs is not None:
             positions, max_seqlen, max_rows = batch["position_ids"], packs.max_seqlen, packs.max_rows
@@ -130,13 +130,13 @@ class FusedAttention(ConfiguredPart):
                 window: build_block_mask(cu_seqlens, count * width, window) for window in self._windows
             }
             batch["tiles"] = wide_tiles(ids.device)
-        if places is not None:
-            batch["places"] = places
+        if shared_rows is not None:
+            batch["shared_rows"] = shared_rows
         return batch | {
-            "input_ids": ids.view(1, -1) if places is None else ids.view(1, -1)[:, places.first],
+            "input_ids": ids.view(1, -1) if shared_rows is None else ids.view(1, -1)[:, shared_rows.first],
             # The last token of a row predicts nothing, and not the first one of the row behind it.
             "labels": batch["labels"].view(1, -1).masked_fill(begins, IGNORED),
-            "position_ids": positions if places is None else positions[:, places.first],
+            "position_ids": positions if shared_rows is None else positions[:, shared_rows.first],
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,
         }
@@ -240,18 +240,18 @@ def attend_sharing(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    places: Places | None = None,
+    shared_rows: SharedRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As `attend_packed`, whose rows are those of `places` where tokens stand in several of them.
+    """As `attend_packed`, whose rows are those of `shared_rows` where tokens stand in several of them.
 
     `query` is [1, heads, tokens, width]; returns [1, tokens, heads, width].
     """
-    if places is None:
+    if shared_rows is None:
         return attend_packed(module, query, key, value, attention_mask, **kwargs)
-    q, k, v = (to_places(tensor[0].transpose(0, 1), places).transpose(0, 1)[None] for tensor in (query, key, value))
+    q, k, v = (to_cells(tensor[0].transpose(0, 1), shared_rows).transpose(0, 1)[None] for tensor in (query, key, value))
     output, _ = attend_packed(module, q, k, v, attention_mask, **kwargs)
-    return to_tokens(output[0], places)[None], None
+    return to_tokens(output[0], shared_rows)[None], None
 
 
 def _check_arguments(module: torch.nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
