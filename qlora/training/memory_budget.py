@@ -153,9 +153,8 @@ class Budget:
         self.memory.restart()
         resident = torch.cuda.memory_allocated(self.device)
         yield
-        tokens = batch[
-            SHARED_ROWS[1] if SHARED_ROWS[1] in batch else "input_ids"
-        ]  # of a prompt that answers share, each once
+        # The tokens of a prompt that answers share count once.
+        tokens = batch[SHARED_ROWS[1] if SHARED_ROWS[1] in batch else "input_ids"]
         rows, length = len(tokens), tokens[0].numel()
         if rows * length >= self._tokens:
             added = torch.cuda.max_memory_allocated(self.device) - resident

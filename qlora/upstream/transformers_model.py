@@ -81,9 +81,8 @@ def mixes_by_attention_alone(model: PreTrainedModel) -> bool:
     logits = []
     for first in (0, 5):
         ids = torch.tensor([[first, 1, 2, 3]]) % size
-        output = _try_attention(
-            model, note, {"input_ids": ids, "position_ids": torch.arange(4)[None], "shared_rows": None}
-        )
+        batch = {"input_ids": ids, "position_ids": torch.arange(4)[None], "shared_rows": None}
+        output = _try_attention(model, note, batch)
         if output is None:
             return False
         logits.append(output[0].float())

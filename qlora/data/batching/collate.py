@@ -24,7 +24,7 @@ class Collator:
     width: int = 0
     """Every batch is at least so wide; equal shapes let compiled code be used again."""
     most_cells: int = 0
-    """Where answers share prompts, the rows of a batch have at least so many cells, and `width` tokens."""
+    """Where answers share prompts, the rows of a batch have at least that many cells, and `width` tokens."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Returns input_ids, attention_mask and labels, each int64 [rows, width]; padding has the label -100.
@@ -37,9 +37,8 @@ class Collator:
         ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         lengths = np.array([len(row) for row in ids])
         shares = SHARED_ROWS[0] in rows[0]
-        cells = np.arange(max(lengths.max() + 1, self.most_cells) if shares else max(lengths.max(), self.width))[
-            None, :
-        ]
+        size = max(lengths.max() + 1, self.most_cells) if shares else max(lengths.max(), self.width)
+        cells = np.arange(size)[None, :]
         inside = cells < lengths[:, None]
         batch = {"input_ids": _fill(ids, inside, self.pad_token_id), "labels": _fill(labels, inside, IGNORED)}
         if "position_ids" in rows[0]:

@@ -105,7 +105,7 @@ class FusedAttention(ConfiguredPart):
 
         A batch of single rows stays padded: the padding comes last, where causal attention does not see it. For a
         model with a sliding window, or that needs `flex_attention`, such a batch is laid out too. Where answers share
-        prompts, `input_ids` and `position_ids` are those of their tokens, and the rest is that of the rows in which they are.
+        prompts, `input_ids` and `position_ids` are those of their tokens, and the rest is that of whole rows.
         """
         ids = batch["input_ids"]
         count, width = ids.shape
