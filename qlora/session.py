@@ -25,10 +25,21 @@ from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
 from qlora.config.registries.objectives import RowKind
 from qlora.config.saved_config import config_to_dict
-from qlora.config.schema import Config, EvaluationName, ExpertsOffload, Keep, Parallel, Reference, TaskName, Weights
+from qlora.config.schema import (
+    Config,
+    Device,
+    EvaluationName,
+    ExpertsOffload,
+    Keep,
+    Parallel,
+    Reference,
+    TaskName,
+    Weights,
+)
 from qlora.config.schema.evaluation import known_metrics_of_rows
+from qlora.config.schema.loss import may_share_prompts
 from qlora.config.training_length import TrainingLength, training_length
-from qlora.data.batching.collate import Collator, SidesCollator
+from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCollator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
 from qlora.data.data_set import Questions
@@ -188,10 +199,13 @@ class Session:
         """Turns rows into padded tensors."""
         return Collator(self.pad_token_id)
 
-    def collator(self, width: int = 0) -> Collator | SidesCollator:
+    def collator(self, width: int = 0) -> Collator | SharedPromptsCollator | SidesCollator:
         """Returns what makes batches of rows or packs to train on, each at least `width` tokens wide."""
-        is_packed = self.data.packed is not None
-        return Collator(self.pad_token_id, width=width) if self.row_kind is RowKind.tokens or is_packed else self._sides
+        if (packed := self.data.packed) is not None:
+            return Collator(self.pad_token_id, width=width, most_cells=(packed.most_cells or 0) if width else 0)
+        if self.data.shares_prompts:
+            return SharedPromptsCollator(self.pad_token_id)
+        return Collator(self.pad_token_id, width=width) if self.row_kind is RowKind.tokens else self._sides
 
     @property
     def _sides(self) -> SidesCollator:
@@ -208,10 +222,24 @@ class Session:
                 need_train=self.needs.rows is Rows.all,
                 questions=self._questions if self.needs.questions else None,
                 kind=self.row_kind,
+                shares_prompts=self._shares_prompts,
             )
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
+
+    @property
+    def _shares_prompts(self) -> bool:
+        """Whether the training step is to compute the prompt of a pair once; some architectures cannot."""
+        on_gpu = self.config.device in (Device.auto, Device.cuda) and torch.cuda.is_available()
+        return self.row_kind is RowKind.pairs and may_share_prompts(
+            self.config.loss, self.config.trainer, on_gpu=on_gpu
+        )
+
+    def separate_prompts(self) -> None:
+        """Takes the rows as those of a step that computes a prompt with each of its answers."""
+        self.data = self.data.without_sharing(fit_rows(self.config.data, self.context))
+        self.__dict__.pop("length", None)  # it follows from the packs
 
     @property
     def row_kind(self) -> RowKind:

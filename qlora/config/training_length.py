@@ -77,15 +77,17 @@ class TokenCount:
     unit: str
     """`rows` or `packs`."""
     tokens: int
-    """Of a pass."""
+    """Of a pass; a prompt counts with both answers of a pair."""
     padded: float
-    """The mean tokens of a row or a pack, with its padding."""
+    """The mean tokens of a row or a pack, with its padding; a prompt that answers share counts once."""
     estimate: str = ""
     """How they were estimated; "" where every row was counted."""
     targets: int | None = None
     """The tokens of a pass that the loss counts; None: they were not counted."""
     most_targets: int | None = None
     """The most of them in a row or a pack."""
+    attended: float = 1.0
+    """How many of `tokens` there are for each that is computed: more than 1 where answers of pairs share prompts."""
 
 
 def training_length(trainer: TrainerConfig, units: int, *, unit: str = "rows", processes: int = 1) -> TrainingLength:

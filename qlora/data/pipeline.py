@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora.config.paths import cache_root
 from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import DataConfig, MixConfig, Pairs
-from qlora.data.batching.packing import PackedRows, efficiency, pack
+from qlora.data.batching.packing import PackedRows, efficiency, lengths_of, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
 from qlora.data.chat.chat_mask import ChatWriter
@@ -64,12 +64,25 @@ class Data:
     """Where the rows of `train` come from."""
     lost: LostCharacters | None = None
     """What the tokenizer does not keep of the rows to train on."""
+    shares_prompts: bool = False
+    """Whether the answers of a pair share their prompt, whose tokens then count once in lengths and packs."""
 
     @property
     def lengths(self) -> np.ndarray:
         """The tokens of each item of what is trained on, a row or a pack: int [items]."""
         assert self.train is not None
-        return self.packed.lengths if self.packed is not None else column(self.train, "length")
+        if self.packed is not None:
+            return self.packed.lengths
+        return lengths_of(self.train, shares_prompts=self.shares_prompts)
+
+    @property
+    def attended(self) -> float:
+        """The tokens of all rows for each that `lengths` counts: more than 1 where answers share prompts."""
+        return float(column(self.train, "length").sum() / self.lengths.sum())
+
+    def without_sharing(self, config: DataConfig) -> Data:
+        """Returns the same rows, packed anew, whose answers share no prompt."""
+        return replace(self, shares_prompts=False, packed=_pack(config, self.train, shares_prompts=False)[0])
 
     @property
     def most_targets(self) -> int | None:
@@ -102,10 +115,12 @@ def build_data(
     need_eval: bool = True,
     questions: Questions | None = None,
     kind: RowKind = RowKind.tokens,
+    shares_prompts: bool = False,
 ) -> Data:
     """Loads, splits and tokenizes the rows that are needed; with `questions`, rows of `eval_path` need no answer.
 
     `kind` is what the training objective takes rows for; `qlora.data.formats.preferences` lists the columns of each.
+    Where the answers of pairs share their prompt, its tokens count once in packs and lengths.
     The split is the same whatever is needed, so that a later evaluation meets no row that was trained on.
     """
     cache = Cache(cache_root(config.cache_dir))
@@ -127,7 +142,7 @@ def build_data(
         evaluated = evaluated.select(few)
     if train is not None and kind is RowKind.labelled:
         _check_both_labels(sets, train)
-    packed, fraction = _pack(config, train)
+    packed, fraction = _pack(config, train, shares_prompts=shares_prompts)
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
     report = build_report(config, used, train, evaluated, counts, eval_counts, packed, fraction)
@@ -138,7 +153,7 @@ def build_data(
     template = next((part.template for part in used if part.template), used[0].chat_template)
     end_id = ChatWriter(tokenizer, template).end_id
     lost = next(filter(None, (part.find_lost() for part in sets)), None) if need_train else None
-    return Data(train, evaluated, report, template, end_id, packed, origin, lost)
+    return Data(train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts)
 
 
 def row_sets(
@@ -264,11 +279,11 @@ def _repeated(count: int, weight: float, stream: np.random.RandomState) -> np.nd
     return np.sort(np.concatenate([np.repeat(np.arange(count), whole), extra]))
 
 
-def _pack(config: DataConfig, train: Dataset | None) -> tuple[PackedRows | None, float | None]:
+def _pack(config: DataConfig, train: Dataset | None, *, shares_prompts: bool) -> tuple[PackedRows | None, float | None]:
     if not config.packing or train is None:
         return None, None
     budget = config.pack_width
     assert budget is not None, "DataConfig checks it"
-    lengths = column(train, "length")
+    lengths = lengths_of(train, shares_prompts=shares_prompts)
     packs = pack(lengths, budget)
-    return PackedRows(train, packs), round(efficiency(packs, lengths, budget), 4)
+    return PackedRows(train, packs, shares_prompts=shares_prompts), round(efficiency(packs, lengths, budget), 4)

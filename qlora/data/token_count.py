@@ -20,7 +20,7 @@ from qlora.config.paths import cache_root
 from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import DataConfig
 from qlora.config.training_length import TokenCount
-from qlora.data.batching.packing import efficiency, pack
+from qlora.data.batching.packing import efficiency, lengths_of, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
 from qlora.data.ingest.sources import is_file_path
@@ -57,15 +57,19 @@ def count_tokens(
     batch: int = 1,
     grouped: bool = False,
     kind: RowKind = RowKind.tokens,
+    shares_prompts: bool = False,
 ) -> TokenCount:
     """Counts the tokens of the rows to train on, of `SAMPLE` of them where there are more.
 
-    `batch` is the number of rows that are padded to the same length, of similar ones where they are `grouped`. Raises a
-    `UserError` as training would, for rows that it could not read.
+    `batch` is the number of rows that are padded to the same length, of similar ones where they are `grouped`. A prompt
+    that the answers of a pair share takes its room once. Raises a `UserError` as training would, for rows that it could
+    not read.
     """
-    counts = _counts(
-        config, tokenizer, lambda rows: (column(rows, "length").astype(int), column(rows, "trained")), kind
-    )
+
+    def count(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        return lengths_of(rows, shares_prompts=shares_prompts).astype(int), column(rows, "trained")
+
+    counts = _counts(config, tokenizer, count, kind, shares_prompts)
     counted = sum(len(count.lengths) for count in counts)
     estimate = f"by {counted:,} rows that were counted" if any(count.is_sample for count in counts) else ""
     return _total(config, counts, batch, grouped, estimate)
@@ -79,16 +83,18 @@ def guess_tokens(
     batch: int = 1,
     grouped: bool = False,
     kind: RowKind = RowKind.tokens,
+    shares_prompts: bool = False,
 ) -> TokenCount:
     """Returns what the rows may have with another tokenizer than the given one, by their bytes; `why` says why."""
 
     def guess(rows: Dataset) -> tuple[np.ndarray, None]:
-        texts = (decode(tokenizer, [*row["input_ids"], *row.get("rejected_ids", [])]) for row in rows)
+        others = (row.get("rejected_ids", [])[row["shared"] if shares_prompts else 0 :] for row in rows)
+        texts = (decode(tokenizer, [*row["input_ids"], *other]) for row, other in zip(rows, others, strict=True))
         lengths = np.array([-(-len(text.encode()) // TOKEN_BYTES) for text in texts], int)
         return (lengths if config.longest_row is None else np.minimum(lengths, config.longest_row)), None
 
     whole = replace(config, max_length=None, source_max_len=None, target_max_len=None, packing=False, pack_length=None)
-    counts = _counts(whole, tokenizer, guess, kind)
+    counts = _counts(whole, tokenizer, guess, kind, shares_prompts)
     return _total(config, counts, batch, grouped, f"guessed at {TOKEN_BYTES} bytes a token, for {why}")
 
 
@@ -103,6 +109,8 @@ class Count(NamedTuple):
     """How many rows a pass shows."""
     is_sample: bool
     """Whether there are rows that were not counted."""
+    attended: float
+    """The tokens of all rows for each in `lengths`: more than 1 where answers share prompts."""
 
 
 def _counts(
@@ -110,20 +118,24 @@ def _counts(
     tokenizer: PreTrainedTokenizerBase,
     measure: Callable[[Dataset], tuple[np.ndarray, np.ndarray | None]],
     kind: RowKind,
+    shares_prompts: bool,
 ) -> list[Count]:
     sets = row_sets(config, tokenizer, Cache(cache_root(config.cache_dir)), kind)
     counts = []
     for part in sets:
         encoded, kept = part.train(SAMPLE // len(sets))
         count = round(part.rows_to_train * len(encoded) / kept.rows * part.part.fields.weight)
-        counts.append(Count(*measure(encoded), max(count, 1), kept.rows < part.rows_to_train))
+        attended = column(encoded, "length").sum() / lengths_of(encoded, shares_prompts=shares_prompts).sum()
+        counts.append(Count(*measure(encoded), max(count, 1), kept.rows < part.rows_to_train, float(attended)))
     return counts
 
 
 def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, estimate: str) -> TokenCount:
     lengths = np.concatenate([count.lengths for count in counts])
     rows = sum(count.rows for count in counts)
-    tokens = sum(count.rows * float(count.lengths.mean()) for count in counts)
+    computed = sum(count.rows * float(count.lengths.mean()) for count in counts)
+    tokens = sum(count.rows * float(count.lengths.mean()) * count.attended for count in counts)
+    attended = tokens / computed
     by_row = [count.targets for count in counts if count.targets is not None]
     targets = np.concatenate(by_row) if len(by_row) == len(counts) else None
     all_targets = sum(count.rows * float(count.targets.mean()) for count in counts if count.targets is not None)
@@ -133,12 +145,12 @@ def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, e
     trained = None if targets is None else round(all_targets)
     if (width := config.pack_width) is not None:
         members = pack(lengths, width)
-        units = max(round(tokens / (efficiency(members, lengths, width) * width)), 1)
+        units = max(round(tokens / attended / (efficiency(members, lengths, width) * width)), 1)
         most = None if targets is None else max(int(targets[indices].sum()) for indices in members)
-        return TokenCount(units, "packs", round(tokens), float(width), estimate, trained, most)
+        return TokenCount(units, "packs", round(tokens), float(width), estimate, trained, most, attended)
     most = None if targets is None else int(targets.max())
     padded = padded_length(lengths, batch, grouped=grouped)
-    return TokenCount(rows, "rows", round(tokens), padded, estimate, trained, most)
+    return TokenCount(rows, "rows", round(tokens), padded, estimate, trained, most, attended)
 
 
 def padded_length(lengths: np.ndarray, batch: int, *, grouped: bool) -> float:

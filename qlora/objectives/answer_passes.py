@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qlora.objectives.answers import Answers, pack_sides
+from qlora.objectives.answers import Answers, sides_of
 from qlora.objectives.linear_cross_entropy import entropies_and_gradient, linear_entropies
-from qlora.objectives.protocol import IGNORED
+from qlora.objectives.protocol import IGNORED, SHARED_ROWS
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""The columns of a batch that the model reads; the others are the loss's."""
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SHARED_ROWS)
+"""The columns of a batch that the step reads; the others are the loss's."""
 BUCKET = 256
 """The number of hidden states that are read is a multiple of it: compiled code meets few shapes."""
 
@@ -30,8 +30,9 @@ class Passes(Protocol):
     targets: int | None
     """The number of labels in the batch, or more; None: it is not known."""
 
-    sides: int | None
-    """The most sides of pairs in a pack; None: rows are not packed."""
+    @property
+    def sides(self) -> int:
+        """The most sides of pairs in a pack."""
 
     def operands(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """Returns hidden states [rows, tokens, width] and the output matrix [vocabulary, width]; None: only logits."""
@@ -80,13 +81,11 @@ def read_answers(
 class _Sums:
     """Sums over the tokens of each answer: of rows [rows, sides, tokens], or of packs of pairs [packs, tokens]."""
 
-    def __init__(self, positions: Tensor | None, sides: int | None) -> None:
+    def __init__(self, positions: Tensor | None, sides: int) -> None:
         """Takes the `position_ids` of packs, and the most sides that one holds."""
         self.is_in: Tensor | None = None
         if positions is not None:
-            assert sides is not None, "packs come with their limits"
-            numbers = torch.arange(sides, device=positions.device)
-            self.is_in = pack_sides(positions)[:, None] == numbers[:, None]
+            self.is_in = sides_of(positions, sides)
         self.positions = positions
 
     def __call__(self, values: Tensor) -> Tensor:

@@ -205,6 +205,13 @@ class AnswerLoss:
         return entropy_bytes(work)
 
 
+def sides_of(positions: Tensor, count: int) -> Tensor:
+    """Returns which tokens of packs are in each of `count` sides, bool [packs, sides, tokens], for `position_ids`."""
+    import torch
+
+    return pack_sides(positions)[:, None] == torch.arange(count, device=positions.device)[:, None]
+
+
 def pack_sides(positions: Tensor) -> Tensor:
     """Returns which side of a pack each of its tokens is in, from 0, for `position_ids` [packs, tokens]."""
     return (positions == 0).cumsum(1) - 1

@@ -15,6 +15,8 @@ IGNORED = -100
 """The label of a token that has no loss."""
 HEAD = "score"
 """The name of a reward head in the model, as in transformers' models for sequence classification."""
+SHARED_ROWS = ("token_of", "first_cell", "second_cell")
+"""The columns of a batch of pairs whose answers share their prompt; `qlora.data.batching.shared_prompts` makes them."""
 CHUNK = 2048
 """Tokens whose logits exist at a time in the fused loss."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qlora.objectives.answers import CHOSEN, REJECTED, AnswerLoss, Answers
+from qlora.objectives.answers import CHOSEN, REJECTED, AnswerLoss, Answers, sides_of
+from qlora.objectives.protocol import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,9 +17,14 @@ class RewardModel(AnswerLoss):
     def loss_on_batch(self, batch: dict[str, Any], passes: Any) -> Tensor:
         """Returns the loss of a micro-batch; `passes` give the rewards of texts."""
         count = batch.pop("num_items_in_batch", None)
+        if "position_ids" in batch:
+            is_in = sides_of(batch["position_ids"], 2)
+            labels = batch["labels"][:, None].masked_fill(~is_in, IGNORED)
+            return self.loss(rewarded(passes.rewards(batch, _last(is_in)), labels), count)
         labels, mask = batch["labels"], batch["attention_mask"]
         texts = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
-        return self.loss(rewarded(passes.rewards(texts).view(mask.shape[:2]), labels), count)
+        rewards = passes.rewards(texts, _last(texts["attention_mask"][:, None].bool()))
+        return self.loss(rewarded(rewards.view(mask.shape[:2]), labels), count)
 
     def losses(self, answers: Answers) -> Tensor:
         """Returns the negative log-likelihood of each order, and the squared sums that keep rewards around 0."""
@@ -39,9 +45,16 @@ class RewardModel(AnswerLoss):
         return {**super().measures(answers), **both}
 
 
+def _last(is_in: Tensor) -> Tensor:
+    """Returns the last token of each row, int64 [..., rows]; `is_in` [..., rows, tokens] says which are in it."""
+    import torch
+
+    return torch.where(is_in, torch.arange(is_in.shape[-1], device=is_in.device), 0).amax(-1)
+
+
 def rewarded(rewards: Tensor, labels: Tensor) -> Answers:
     """Returns rewards [rows, sides] in the place of log-probabilities, for `labels` [rows, sides, tokens]."""
     import torch
 
-    tokens = (labels != -100).sum(-1)
+    tokens = (labels != IGNORED).sum(-1)
     return Answers(rewards, tokens, torch.zeros_like(rewards), rewards, tokens, {})

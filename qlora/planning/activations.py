@@ -84,6 +84,8 @@ class Activations:
                 # Of a joined matrix all outputs are kept for the values' sake.
                 joined = mixer.queries + mixer.keys if family.joined and not self.has_fp32_stream else 0
                 kept += c * (mixer.kept + joined) + 4 * mixer.heads
+                if mixer.queries and self.setup.attended > 1:  # whole rows of them, beside the output of each token
+                    kept += (self.setup.attended - 1) * (c * mixer.kept + 4 * mixer.heads) + c * mixer.queries
                 if mixer.queries and family.sinks:  # the output without them, and their share
                     kept += c * mixer.queries + 4 * mixer.heads
         return kept

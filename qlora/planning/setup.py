@@ -49,6 +49,8 @@ class Setup:
     """The most tokens of a row that the loss counts; None: all of them."""
     target_share: float = 1.0
     """The share of the tokens that the loss counts."""
+    attended: float = 1.0
+    """Tokens in attention for each token that layers compute: more than 1 where answers share their prompts."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 

@@ -148,7 +148,9 @@ def build_plan(config: Config, rows: int | None = None, tokens: TokenCount | Non
     length = training_length(config.trainer, units, unit=unit) if units else None
     gpu = find_gpu(config.plan.device)
     shape = find_shape(config)
-    setup = replace(read_setup(config, shape), most_targets=None if tokens is None else tokens.most_targets)
+    setup = read_setup(config, shape)
+    if tokens is not None:
+        setup = replace(setup, most_targets=tokens.most_targets, attended=tokens.attended)
     training = Training(shape, setup, config.trainer.gradient_accumulation_steps)
     budget = config.trainer.memory_budget
     if (size := parse_size(budget or "auto")) is not None:

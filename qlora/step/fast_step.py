@@ -106,6 +106,15 @@ class FastStep:
         """Whether anything is replaced at all."""
         return any(state == ON for state in self.parts.values())
 
+    def take_packs(self, packs: Packs | None) -> None:
+        """Takes the limits of other packs than those that it was built with."""
+        self._context.packs = self._passes.packs = packs
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the answers of a pair share their prompt where a batch says how."""
+        return self._attention is not None and self._attention.shares_prompts
+
     @property
     def packed_experts(self) -> int:
         """The number of layers whose experts the step decodes, as far as they are not kept decoded."""

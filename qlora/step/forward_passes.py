@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.step.hidden_states import hidden_states
+from qlora.step.kernels.shared_prompts import NAMES, to_cells
 from qlora.step.part import Packs
 from qlora.step.parts.attention import FusedAttention
 from qlora.step.parts.loss import FusedLoss
@@ -41,34 +42,38 @@ class ForwardPasses:
     ) -> None:
         """Takes the parts that are on, and what measures the trained weights anew where a part needs that."""
         self.base, self._attention, self._loss, self._reference = base, attention, loss, reference
-        self._measure_weights, self._packs = measure_weights, packs
-        self.sides = None if packs is None else packs.rows
-        """The most sides of pairs in a pack; None: rows are not packed."""
+        self._measure_weights = measure_weights
+        self.packs = packs
+        """The limits of the packs in the data set; None: rows are not packed."""
         self.targets: int | None = None
         """The number of labels in the batch, or more; None: it is not known."""
+
+    @property
+    def sides(self) -> int:
+        """The most sides of pairs in a pack; a row whose answers share their prompt is a pack of one pair."""
+        return 2 if self.packs is None else self.packs.rows
 
     def operands(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """Returns hidden states [rows, tokens, width] and the output matrix; None where `trainer.fused_loss` is off."""
         if self._loss is None:
             return None
-        batch = self._laid_out(batch)
-        return self._loss.operands(hidden_states(self.base, batch))
+        return self._loss.operands(self.hidden_states(batch))
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Returns logits [rows, tokens, vocabulary]."""
         batch = self._laid_out(batch)
-        logits: Tensor = type(self.base).forward(self.base, use_cache=False, **batch).logits
-        return logits
+        return _in_cells(type(self.base).forward(self.base, use_cache=False, **batch).logits, batch)
 
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """Returns the last hidden states [rows, tokens, width]."""
-        return hidden_states(self.base, self._laid_out(batch))
+        batch = self._laid_out(batch)
+        return _in_cells(hidden_states(self.base, batch), batch)
 
-    def rewards(self, batch: dict[str, Any]) -> Tensor:
-        """Returns what the reward head makes of the last token of each row, float32 [rows]."""
-        shape, last = batch["input_ids"].shape, batch["attention_mask"].sum(1) - 1
-        hidden = self.hidden_states(batch).view(*shape, -1)  # it may be laid out as one row
-        return rewards_of(self.base, hidden[torch.arange(len(last), device=hidden.device), last])
+    def rewards(self, batch: dict[str, Any], last: Tensor) -> Tensor:
+        """Returns what the reward head makes of the tokens `last` int64 [rows, ends], float32 [rows, ends]."""
+        hidden = self.hidden_states(batch).view(*batch["input_ids"].shape, -1)  # it may be laid out as one row
+        rows = torch.arange(len(last), device=hidden.device)[:, None]
+        return rewards_of(self.base, hidden[rows, last].flatten(0, 1)).view(last.shape)
 
     def reference(self) -> contextlib.AbstractContextManager[None] | None:
         """Returns the context in which the model is the reference; None: there is none."""
@@ -82,5 +87,10 @@ class ForwardPasses:
         self._measure_weights()
 
     def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = batch if self._attention is None else self._attention.lay_out(batch, self._packs)
-        return {name: value for name, value in batch.items() if name != "labels"}
+        batch = batch if self._attention is None else self._attention.lay_out(batch, self.packs)
+        return {name: value for name, value in batch.items() if name not in ("labels", *NAMES)}
+
+
+def _in_cells(values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Returns what was computed of each token where it stands in the rows of a batch that is laid out."""
+    return values if (shared_rows := batch.get("shared_rows")) is None else to_cells(values[0], shared_rows)[None]

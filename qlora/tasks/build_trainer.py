@@ -16,6 +16,7 @@ from qlora import adapters
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
 from qlora.data.batching.collate import count_work
+from qlora.data.batching.token_store import column
 from qlora.errors import DataError, RunError
 from qlora.models.cu_seqlens import hand_cu_seqlens
 from qlora.models.outputs import switch_cache
@@ -30,6 +31,7 @@ from qlora.runtime.run_folder import config_digest
 from qlora.runtime.sweep_job import TRIAL_VARIABLE
 from qlora.session import Session
 from qlora.step.fast_step import FastStep, Packs
+from qlora.step.part import ON
 from qlora.text import parse_size
 from qlora.training.arguments import build_arguments
 from qlora.training.keep import KeepCallback
@@ -59,7 +61,9 @@ def build_trainer(
 
     `peak` follows the memory of the run, from its model on.
     """
-    config, data, placement = session.config, session.data, session.placement
+    config, placement = session.config, session.placement
+    step = build_step(session, model)
+    data = session.data
     assert data.train is not None
     arguments = build_arguments(
         config.trainer,
@@ -80,12 +84,13 @@ def build_trainer(
 
     peak = peak or PeakMemory(placement.device)
     operations = _count_operations(session, model)
-    step, meter = build_step(session, model), _build_meter(session, operations, peak)
+    meter = _build_meter(session, operations, peak)
     windows = tuple(operations.per_pair) if operations is not None else (None,)
     lengths = data.lengths.tolist()
     width = config.data.pack_width or 0 if step.is_compiled else 0
     budget = build_budget(session, step, max_length=max(width, *lengths), most_targets=data.most_targets, memory=peak)
     _say_step(step, budget)
+    _say_sharing(session)
     trainer = QLoraTrainer(
         model=model,
         arguments=arguments,
@@ -123,6 +128,7 @@ def _checkpoint_metadata(session: Session) -> dict[str, Any]:
         "data": session.data.report.fingerprint,
         "processes": distributed.world_size(),
         "rows": session.rows_a_step,
+        "shares_prompts": session.data.shares_prompts,
         "trackers": tracker_ids(session.folder.path),
     }
 
@@ -141,19 +147,53 @@ def _run_callbacks(session: Session, tracker: Tracker, page: Page | None, meter:
 
 
 def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep:
-    """Returns the fast training step of a model."""
-    config, packed = session.config, session.data.packed
-    width = config.data.pack_width
-    packs = Packs(width, packed.most_rows, packed.longest_row) if packed and width else None
-    return FastStep(
+    """Returns the fast training step of a model; where it cannot share prompts, the session's rows do not, either."""
+    config = session.config
+    step = FastStep(
         model,
         config.trainer,
         config.quantization,
         session.placement,
-        packs,
+        _limits(session),
         session.objective,
         session.reference_weights,
     )
+    if session.data.shares_prompts and not step.shares_prompts:
+        _separate_prompts(session, step)
+    return step
+
+
+def _limits(session: Session) -> Packs | None:
+    packed, width = session.data.packed, session.config.data.pack_width
+    return Packs(packed.most_cells or width, packed.most_rows, packed.longest_row) if packed and width else None
+
+
+def _separate_prompts(session: Session, step: FastStep) -> None:
+    """Lays the session's rows out for a step that computes a prompt with each of its answers; says so of packs."""
+    packed = session.data.packed
+    session.separate_prompts()
+    step.take_packs(_limits(session))
+    if packed is not None and session.data.packed is not None:
+        state = step.parts["fused_attention"]
+        reason = "this architecture reads other tokens not by attention alone" if state == ON else state
+        log.warning(
+            "data.packing=true: both answers of a pair have a prompt of their own, because trainer.fused_attention "
+            "cannot share it (%s): %s packs instead of %s, %s",
+            reason,
+            f"{len(session.data.packed):,}",
+            f"{len(packed):,}",
+            session.length,
+        )
+
+
+def _say_sharing(session: Session) -> None:
+    """Prints what is saved where the answers of a pair share their prompt."""
+    data = session.data
+    if data.train is None or not data.shares_prompts:
+        return
+    shared, tokens = int(column(data.train, "shared").sum()), int(column(data.train, "length").sum())
+    saved = f"{shared:,} of {tokens:,} tokens a pass are not computed again"
+    console.say_rows([("prompts", f"once for both answers of a pair: {saved} ({shared / tokens:.0%})")])
 
 
 def _say_step(step: FastStep, budget: Budget | None) -> None:
@@ -189,6 +229,7 @@ def build_budget(
     is_fast = step.parts["fused_linear"] == "on" and step.parts.get("fused_experts", "on") == "on"
     kind = PlanStep.fast if is_fast else PlanStep.plain
     setup = replace(read_setup(session.config, shape), step=kind, length=max_length, most_targets=most_targets)
+    setup = replace(setup, attended=session.data.attended)
     if session.waiting_experts is not None:
         setup = replace(setup, waiting=session.waiting_experts)
 

@@ -11,7 +11,8 @@ from typing import Any
 from rich.text import Text
 
 from qlora.config.paths import short_path
-from qlora.config.schema import Config, DataConfig
+from qlora.config.schema import Config, DataConfig, PlanStep
+from qlora.config.schema.loss import may_share_prompts
 from qlora.config.training_length import TokenCount
 from qlora.errors import UserError
 from qlora.models.context import describe_limit, fit_rows
@@ -107,13 +108,17 @@ def count_tokens(config: Config) -> tuple[TokenCount | None, str]:
     if not token_count.are_at_hand(data):
         return None, f"the rows of data={data.name} are not on this machine"
     fitted = fit_rows(data, find_shape(config).context)
-    batch, grouped, kind = trainer.per_device_train_batch_size, trainer.group_by_length, config.loss.rows
+    options: dict[str, Any] = {
+        "batch": trainer.per_device_train_batch_size,
+        "grouped": trainer.group_by_length,
+        "kind": config.loss.rows,
+        "shares_prompts": may_share_prompts(config.loss, trainer, on_gpu=config.plan.step is not PlanStep.plain),
+    }
     try:
         tokenizer = load_local_tokenizer(folder or EMBEDDED["tiny"], model.new_tokens)
         if folder is not None:
-            return token_count.count_tokens(fitted, tokenizer, batch=batch, grouped=grouped, kind=kind), ""
-        guessed = token_count.guess_tokens(fitted, tokenizer, why_not, batch=batch, grouped=grouped, kind=kind)
-        return guessed, ""
+            return token_count.count_tokens(fitted, tokenizer, **options), ""
+        return token_count.guess_tokens(fitted, tokenizer, why_not, **options), ""
     except UserError as error:
         return None, str(error)
 
@@ -271,6 +276,10 @@ def _times(plan: Plan, why_not: str) -> list[tuple[str, str]]:
         rows.append(("tokens", f"not counted: {why_not}" if why_not else "not counted"))
     elif plan.length is not None:
         rows.append(("tokens", plan.length.describe_tokens(tokens.tokens, tokens.estimate)))
+    if tokens is not None and tokens.attended > 1:
+        rows.append(
+            ("prompts", f"once for both answers of a pair: {1 - 1 / tokens.attended:.0%} of the tokens are saved")
+        )
     if speed is None:
         return [*rows, ("tokens a second", f"unknown: {plan.gpu.name} is not in the table of GPUs")]
     rows.append(("tokens a second", f"{format_speed(speed.tokens_per_second)} (the time goes into {speed.bound})"))

@@ -40,7 +40,7 @@ from qlora.tasks.shown_run import shown_run
 from qlora.tasks.used import describe_used
 from qlora.training.checkpoints import remove_surplus
 from qlora.training.device_checks import check_device, check_processes
-from qlora.training.resume import ANOTHER_FOLDER, find_checkpoint, how_to_resume
+from qlora.training.resume import ANOTHER_FOLDER, check_prompts, find_checkpoint, how_to_resume
 from qlora.training.trackers import NoTracker, Tracker
 
 if TYPE_CHECKING:  # which import torch
@@ -296,6 +296,7 @@ class Training:
         trainer = self._build_trainer(model, callbacks, tracker)
         wait_for_space(self.folder.checkpoints, trainer.checkpoint_size)
         if checkpoint is not None:
+            check_prompts(checkpoint, self.config, shares_prompts=self.session.data.shares_prompts)
             console.say(f"resuming from {checkpoint.name}")
         started = time.monotonic()
         with self._history_kept(trainer):
@@ -430,10 +431,13 @@ class Training:
         if data.packed is not None:
             padded = float(self.config.data.pack_width or 0)
         else:
-            padded = padded_length(column(data.train, "length"), batch, grouped=trainer.group_by_length)
+            padded = padded_length(data.lengths, batch, grouped=trainer.group_by_length)
         length, tokens = session.length, data.report.train_tokens
         targets = int(column(data.train, "trained").sum())
-        count = TokenCount(length.units, length.unit, tokens, padded, targets=targets, most_targets=data.most_targets)
+        count = TokenCount(
+            length.units, length.unit, tokens, padded, targets=targets, most_targets=data.most_targets,
+            attended=data.attended,
+        )  # fmt: skip
         time = planned_time(self.config, count)
         return {"time": time} if time is not None else {}
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import seed_worker
 
 from qlora.objectives import Objective
 from qlora.objectives.answers import AnswerLoss
-from qlora.objectives.protocol import IGNORED
+from qlora.objectives.protocol import IGNORED, SHARED_ROWS
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
 from qlora.upstream.torch import Rows, as_dataset
 
@@ -28,6 +28,8 @@ COUNTS = "counts"
 """The key of a batch's numbers of tokens and of pairs, by how far layers look back, beside its tensors."""
 WEIGHTS = "weights"
 """The key of what a loss over answers counts of each row, float [rows, 2] of numpy: see `AnswerLoss.count`."""
+SAVED = "saved"
+"""The key of the number of tokens that are computed once and counted twice: those of prompts that answers share."""
 TARGETS = "targets"
 """The key of the number of labels that the loss counts, int64 [rows] of numpy: it stays on the host."""
 
@@ -47,7 +49,8 @@ class CountingCollator:
         batch["labels"] = self.objective.labels(batch)
         targets = (batch["labels"] != IGNORED).flatten(1).sum(1).numpy()
         counts = tuple(number if rows else 0 for number in self.count(batch))
-        counted: dict[str, Any] = {TARGETS: targets, COUNTS: counts}
+        saved = int((batch[SHARED_ROWS[2]] >= 0).sum()) if rows and SHARED_ROWS[2] in batch else 0
+        counted: dict[str, Any] = {TARGETS: targets, COUNTS: counts, SAVED: saved}
         if isinstance(self.objective, AnswerLoss):
             counted[WEIGHTS] = self.objective.count(batch).numpy()
         return {**batch, **counted}

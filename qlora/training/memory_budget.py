@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora.errors import ResourceError
+from qlora.objectives.protocol import SHARED_ROWS
 from qlora.training.batches import Micro, split
 from qlora.training.peak_memory import PeakMemory
 
@@ -152,7 +153,9 @@ class Budget:
         self.memory.restart()
         resident = torch.cuda.memory_allocated(self.device)
         yield
-        rows, length = len(batch["input_ids"]), batch["input_ids"][0].numel()
+        # The tokens of a prompt that answers share count once.
+        tokens = batch[SHARED_ROWS[1] if SHARED_ROWS[1] in batch else "input_ids"]
+        rows, length = len(tokens), tokens[0].numel()
         if rows * length >= self._tokens:
             added = torch.cuda.max_memory_allocated(self.device) - resident
             self._tokens, self._paged = rows * length, self.memory.paged

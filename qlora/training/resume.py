@@ -65,6 +65,29 @@ def _check_processes(checkpoint: Path, written: Mapping[str, Any], config: Confi
     )
 
 
+def check_prompts(checkpoint: Path, config: Config, *, shares_prompts: bool) -> None:
+    """Raises `RunError` where rows come in another order than before, as prompts count otherwise; or warns (`force`).
+
+    `shares_prompts` says whether the step computes the prompt of a pair once, which follows from the device, too.
+    """
+    is_ordered = config.data.packing or config.trainer.group_by_length
+    if not is_ordered or read_metadata(checkpoint).get("shares_prompts", False) == shares_prompts:
+        return
+    what = "packs" if config.data.packing else "rows that are grouped by length (trainer.group_by_length)"
+    previous, now = ("twice", "once") if shares_prompts else ("once", "twice")
+    message = (
+        f"{checkpoint} was written by a step that computed the prompt of a pair {previous}, and here it is computed "
+        f"{now} (trainer.fused_attention): {what} come in another order"
+    )
+    if config.resume is Resume.force:
+        log.warning("resume=force: %s", message)
+        return
+    raise RunError(
+        f"{message}; resume on the kind of device where the run began, or {ANOTHER_FOLDER}; resume=force resumes in "
+        "spite of it"
+    )
+
+
 def how_to_resume(folder: RunFolder, args: Sequence[str]) -> str:
     """Returns what is saved of a stopped run, and the command that resumes it: the one that started it with `args`."""
     saved = find_checkpoints(folder.checkpoints)

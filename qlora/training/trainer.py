@@ -41,6 +41,7 @@ from qlora.runtime.atomic_files import read_json, write_text
 from qlora.training.bad_rows import NamedRow, find_bad_rows
 from qlora.training.batches import (
     COUNTS,
+    SAVED,
     TARGETS,
     WEIGHTS,
     Batch,
@@ -244,11 +245,14 @@ class QLoraTrainer(Trainer):
         self.watchdog.begin(items if self._answer_loss is None else items[0])
         for batch in batches:
             tokens, *pairs = batch.pop(COUNTS)
-            unlabelled = tokens - int(batch[TARGETS].sum())
+            computed = tokens - batch.pop(SAVED)
+            unlabelled = computed - int(batch[TARGETS].sum())
             self._unreported_tokens += tokens
             self.meter.tokens += tokens
             if self.meter.operations is not None:
-                operations: Any = self.meter.operations(tokens, *pairs)  # the library declares an int, and adds floats
+                operations: Any = self.meter.operations(
+                    computed, *pairs
+                )  # the library declares an int, and adds floats
                 self.current_flos += operations - unlabelled * self.meter.output
         return batches, items
 
@@ -271,6 +275,7 @@ class QLoraTrainer(Trainer):
     def _is_finite(self, row: dict[str, Any]) -> bool:
         batch, _ = take_targets(self.data_collator([row]))
         batch.pop(COUNTS)
+        batch.pop(SAVED)
         with self.step, self.compute_loss_context_manager():
             loss = self.model(**prepare_inputs(self, batch)).loss
             gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)

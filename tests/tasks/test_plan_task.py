@@ -422,3 +422,37 @@ def test_an_estimate_of_what_layers_keep_is_said_to_be_one(capsys: pytest.Captur
         said = " ".join(capsys.readouterr().out.split())
         text = "what layers of qwen3_5_text keep, from their modules; parameters and bytes of weights are exact"
         assert (text in said) is is_estimate
+
+
+def test_a_prompt_that_both_answers_share_takes_room_and_time_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [{"prompt": "long question " * 12, "chosen": "red " * (i % 5 + 1), "rejected": "blue"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows = ["data=local", f"data.path={tmp_path / 'pairs.jsonl'}", f"data.cache_dir={tmp_path}", "loss=dpo"]
+    model = ["model=qwen2.5-0.5b", "model.tokenizer=tiny"]
+    counts = {}
+    for fused in ("auto", "false"):
+        for packing in ("false", "true"):
+            more = [f"trainer.fused_attention={fused}", f"data.packing={packing}"]
+            config = compose(["task=plan", "plan.device=h200", *model, *rows, *more])
+            counts[fused, packing] = (tokens, _) = count_tokens(config)
+            assert tokens is not None
+    (shared, _), (packed, _), (twice, _), (packed_twice, _) = counts.values()
+    assert shared is not None
+    assert twice is not None
+    assert packed is not None
+    assert packed_twice is not None
+    assert shared.tokens == twice.tokens
+    assert twice.attended == 1 < shared.attended
+    assert shared.padded < twice.padded
+    assert packed.units <= packed_twice.units
+    plans = [build_plan(config, tokens=tokens) for tokens in (shared, twice)]
+    times = [plan.hours for plan in plans]
+    assert times[0] is not None
+    assert times[1] is not None
+    assert times[0] <= times[1]
+    assert plans[0].memory.peak >= plans[1].memory.peak, "of rows as long, attention keeps more"
+    said = screen(capsys, *model, *rows)
+    assert f"prompts          once for both answers of a pair: {1 - 1 / shared.attended:.0%} of the tokens" in said
+    assert "once for both answers" not in screen(capsys, *model, *rows, "trainer.fused_attention=false")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from qlora.config.compose import compose
-from qlora.errors import DataError
+from qlora.errors import DataError, RunError
 from qlora.models.model_files import locate
 from qlora.run import Run
+from qlora.step.parts import attention
+from qlora.tasks import build_trainer
+from qlora.training.resume import check_prompts
 from tests.faults.runs import write_preferences
 
 QUICK = [
@@ -126,3 +131,77 @@ def test_a_reward_model_is_saved_for_plain_libraries_and_scores_pairs(pairs: Pat
         for ids, side in ((row["input_ids"], "chosen"), (row["rejected_ids"], "rejected")):
             reward = model(input_ids=torch.tensor([ids])).logits
             assert float(reward) == pytest.approx(record[f"{side}_reward"], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "reward"])
+def test_a_run_whose_answers_share_prompts_learns_what_one_does_that_computes_them_twice(
+    loss: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    histories = {}
+    for fused in ("false", "true"):
+        run(tmp_path / fused, f"loss={loss}", f"data.path={pairs}", "trainer.eval_steps=null", "trainer.keep=last",
+            f"trainer.fused_attention={fused}", "trainer.group_by_length=false", "lora.dropout=0",
+            "trainer.max_steps=3", "trainer.logging_steps=1", "task.evaluate=false")  # fmt: skip
+        history = json.loads((tmp_path / fused / "history.json").read_text())
+        histories[fused] = [(entry["loss"], entry["num_input_tokens_seen"]) for entry in history if "loss" in entry]
+        said = re.findall(r"prompts +once for both answers of a pair: (\d+) of (\d+) tokens", capsys.readouterr().out)
+        assert len(said) == (fused == "true")
+    for (loss_once, tokens_once), (loss_twice, tokens_twice) in zip(*histories.values(), strict=True):
+        assert loss_once == pytest.approx(loss_twice, rel=1e-4)
+        assert tokens_once == tokens_twice  # both answers count
+
+
+PACKED = ("data.packing=true", "data.pack_length=96", "trainer.fused_attention=true")
+
+
+def test_packs_count_a_shared_prompt_once_and_a_model_that_cannot_share_it_gets_others(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = [*QUICK, "loss=dpo", f"data.path={pairs}", *PACKED, "trainer.per_device_train_batch_size=1"]
+    sharing, separate = (Run(compose(overrides), tmp_path / name).session for name in ("sharing", "separate"))
+    step = build_trainer.build_step(sharing, sharing.add_adapter(sharing.load_base()))
+    assert step.shares_prompts
+    assert sharing.data.packed is not None
+    assert sharing.data.packed.lengths.sum() < sharing.data.report.train_tokens
+    batch = sharing.collator(96)([sharing.data.packed[0]])
+    assert batch["first_cell"].shape == (1, 96)
+    assert batch["input_ids"].shape == (1, sharing.data.packed.most_cells)
+
+    monkeypatch.setattr(attention, "mixes_by_attention_alone", lambda model: False)
+    fewer = len(sharing.data.packed)
+    step = build_trainer.build_step(separate, separate.add_adapter(separate.load_base()))
+    assert not step.shares_prompts
+    assert separate.data.packed is not None
+    assert separate.data.packed.lengths.sum() == separate.data.report.train_tokens
+    assert len(separate.data.packed) == separate.length.units > fewer
+    assert "first_cell" not in separate.collator(96)([separate.data.packed[0]])
+    assert re.search(
+        r"data\.packing=true: both answers of a pair have a prompt of their own, because trainer\.fused_attention "
+        rf"cannot share it \(this architecture .*\): {len(separate.data.packed)} packs instead of {fewer}, "
+        + str(separate.length),
+        caplog.text,
+    )
+
+
+def test_a_run_resumes_where_prompts_count_as_they_did(pairs: Path, tmp_path: Path) -> None:
+    sharing = ["loss=dpo", f"data.path={pairs}", "trainer.fused_attention=true", "trainer.save_steps=1",
+               "trainer.eval_steps=null", "trainer.keep=last", "task.evaluate=false"]  # fmt: skip
+    whole = run(tmp_path / "whole", *sharing, *PACKED, "trainer.per_device_train_batch_size=1", "trainer.max_steps=3")
+    assert whole["metrics"]["train_loss"] > 0
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    first = checkpoints / "checkpoint-1"
+    config = compose([*QUICK, *sharing, *PACKED])
+    check_prompts(first, config, shares_prompts=True)
+    with pytest.raises(
+        RunError,
+        match=r"checkpoint-1 was written by a step that computed the prompt of a pair once, and here it is computed "
+        r"twice \(trainer\.fused_attention\): packs come in another order; resume on the kind of device where the run ",
+    ):
+        check_prompts(first, config, shares_prompts=False)
+    check_prompts(first, compose([*QUICK, *sharing, "trainer.group_by_length=false"]), shares_prompts=False)
+    adapter = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for late in (checkpoints / "checkpoint-2", checkpoints / "checkpoint-3", tmp_path / "whole" / "adapter"):
+        shutil.rmtree(late)
+    (tmp_path / "whole" / "result.json").unlink()
+    run(tmp_path / "whole", *sharing, *PACKED, "trainer.per_device_train_batch_size=1", "trainer.max_steps=3")
+    assert (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter

@@ -132,7 +132,8 @@ class DataConfig:
     packing: bool = False
     """Join rows into packs of `pack_length` tokens that do not see each other: no padding, fewer steps."""
     pack_length: int | None = None
-    """Tokens in a pack; unset: the longest row that the limits allow."""
+    """Tokens in a pack; unset: the longest row that the limits allow. A prompt that both answers of a pair share in the
+    step (`trainer.fused_attention`) counts once."""
     cache_dir: str | None = None
     """Where rows and tokens are kept between runs; unset: `$QLORA_CACHE`, or `~/.cache/qlora`."""
     num_proc: int | None = None

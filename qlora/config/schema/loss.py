@@ -126,6 +126,15 @@ LOSS_SETTINGS = tuple(item.name for item in fields(LossConfig) if item.name not 
 """The settings of which every loss reads some."""
 
 
+def may_share_prompts(loss: LossConfig, trainer: TrainerConfig, *, on_gpu: bool) -> bool:
+    """Returns whether a training step is to compute the prompt of a pair once, as fused attention can.
+
+    Few architectures cannot, which the step finds out; its pairs are then computed row by row.
+    """
+    fused = trainer.fused_attention
+    return loss.rows is RowKind.pairs and (fused is True or (fused == "auto" and on_gpu))
+
+
 def check_preferences(loss: LossConfig, lora: LoraConfig, data: DataConfig, trainer: TrainerConfig) -> None:
     """Refuses what a loss over answers cannot be trained with."""
     if loss.rows is RowKind.tokens:

@@ -93,7 +93,8 @@ class TrainerConfig:
     dropout mask is one for all experts of a token then. True, false or `auto` (with CUDA)."""
     fused_attention: Any = "auto"
     """Compute a batch as variable-length (unpadded) rows, with attention inside each row: no padding is computed.
-    True, false or `auto` (with CUDA, in 16 bits). On a CPU `true` computes the same row by row, slowly."""
+    Of pairs of a preference loss the prompt is computed once, for both answers. True, false or `auto` (with CUDA, in
+    16 bits). On a CPU `true` computes the same row by row, slowly."""
     flash_attention: FlashAttention = FlashAttention.auto
     """Whose kernels `fused_attention` uses inside rows of packs and under a sliding window: `fa2`, torch's own; `fa3`
     (the package `flash_attn_interface`, Hopper) or `fa4` (`flash-attn-4`, Hopper and Blackwell); `auto`: the first of

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora.data.batching.packing import SIDES
 from qlora.data.batching.row_encoder import IGNORED
+from qlora.data.batching.shared_prompts import NOWHERE, join_sides
+from qlora.objectives.protocol import SHARED_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +23,40 @@ class Collator:
     pad_token_id: int
     width: int = 0
     """Every batch is at least so wide; equal shapes let compiled code be used again."""
+    most_cells: int = 0
+    """Where answers share prompts, the rows of a batch have at least that many cells, and `width` tokens."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Returns input_ids, attention_mask and labels, each int64 [rows, width]; padding has the label -100.
 
         Packs (rows with `position_ids`) give `position_ids` in place of the mask: a model of transformers reads the
         borders inside a pack from the positions, and only where there is no mask. Padding is one more row of the
-        pack, with positions of its own from 0.
+        pack, with positions of its own from 0. Where answers share prompts, `SHARED_ROWS` say which token stands where;
+        there is a cell of padding at least, which is the first one of each token of padding.
         """
         ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         lengths = np.array([len(row) for row in ids])
-        cells = np.arange(max(lengths.max(), self.width))[None, :]
+        shares = SHARED_ROWS[0] in rows[0]
+        size = max(lengths.max() + 1, self.most_cells) if shares else max(lengths.max(), self.width)
+        cells = np.arange(size)[None, :]
         inside = cells < lengths[:, None]
         batch = {"input_ids": _fill(ids, inside, self.pad_token_id), "labels": _fill(labels, inside, IGNORED)}
         if "position_ids" in rows[0]:
             batch["position_ids"] = _fill([row["position_ids"] for row in rows], inside, cells - lengths[:, None])
+            if shares:
+                batch |= self._shared_rows(rows, inside)
         else:
             batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
         return batch
+
+    def _shared_rows(self, rows: Sequence[Mapping[str, Any]], inside: np.ndarray) -> dict[str, Tensor]:
+        token_of, first, second = ([row[name] for row in rows] for name in SHARED_ROWS)
+        tokens = np.array([len(row) for row in first])
+        width = max(tokens.max(), self.width)
+        is_token = np.arange(width)[None, :] < tokens[:, None]
+        padding = inside.sum(1, keepdims=True)  # the first cell behind all rows
+        filled = (_fill(token_of, inside, width - 1), _fill(first, is_token, padding), _fill(second, is_token, NOWHERE))
+        return dict(zip(SHARED_ROWS, filled, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +83,22 @@ class SidesCollator:
         if "desirable" in rows[0]:
             batch["desirable"] = torch.tensor([bool(row["desirable"]) for row in rows])
         return batch
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPromptsCollator:
+    """Lays the two rows of each pair out as a pack of its own, in which they share their prompt."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Returns the batch of these packs, as `Collator` does."""
+        return Collator(self.pad_token_id)([_pack_of(row) for row in rows])
+
+
+def _pack_of(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    ids, labels = ([np.asarray(row[names[index]]) for names in SIDES] for index in (0, 1))
+    return join_sides(ids, labels, [row["shared"]])
 
 
 def _rejected(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from qlora.data.batching.row_encoder import IGNORED
+from qlora.data.batching.shared_prompts import join_sides
 from qlora.data.batching.token_store import column
 from qlora.errors import ConfigError
 
@@ -98,19 +98,24 @@ class _Packs:
 class PackedRows:
     """The packs of tokenized rows; each is fetched from the rows' Arrow table when asked for."""
 
-    def __init__(self, rows: Dataset, packs: Sequence[Pack]) -> None:
+    def __init__(self, rows: Dataset, packs: Sequence[Pack], *, shares_prompts: bool = False) -> None:
         """Takes rows with the columns `input_ids`, `labels` and `length`, and what `pack` made of their lengths.
 
-        Of pairs, which have a rejected side too, both sides stand in a pack, the chosen one first.
+        Of pairs, which have a rejected side too, both sides stand in a pack, the chosen one first. Where they share
+        their prompt, `pack` has counted its tokens once (`lengths_of`).
         """
         self._sides = [names for names in SIDES if names[0] in rows.column_names]
-        self._rows = rows.select_columns([name for names in self._sides for name in names]).with_format("arrow")
+        self._shared = ["shared"] if shares_prompts else []
+        columns = [name for names in self._sides for name in names] + self._shared
+        self._rows = rows.select_columns(columns).with_format("arrow")
         counts = np.array([len(indices) for indices in packs], dtype=np.int64)
         self._order = np.concatenate([np.zeros(0, np.int64), *packs])  # one array: workers are forked with it
         self._ends = np.cumsum(counts)
         lengths = column(rows, "length")[self._order]
-        self.lengths = _sums(lengths, counts)
-        """Tokens in each pack, int64 [packs]."""
+        self.lengths = _sums(lengths_of(rows, shares_prompts=shares_prompts)[self._order], counts)
+        """Tokens in each pack, a shared prompt once: int64 [packs]."""
+        self.most_cells = int(_sums(lengths, counts).max(initial=0)) + 1 if shares_prompts else None
+        """Where answers share prompts, the most tokens of all their rows in a pack, and one of padding; else None."""
         self.most_rows = int(counts.max(initial=0)) * len(self._sides)
         self.longest_row = _longest_side(rows, lengths)
 
@@ -127,11 +132,7 @@ class PackedRows:
         return _sums(values[self._order], np.diff(self._ends, prepend=0))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns `input_ids`, `labels` and `position_ids` of a pack's rows one after the other, each int [tokens].
-
-        Positions restart at 0 with every row, by which a model separates the rows. The first label of a row
-        is ignored: the token before it belongs to another row.
-        """
+        """Returns a pack, as `join_sides` does."""
         return self.join(self.members(range(len(self))[index]))
 
     def join(self, members: Sequence[int]) -> dict[str, np.ndarray]:
@@ -141,12 +142,13 @@ class PackedRows:
         # Row by row, the sides of each one after the other.
         ids, labels = ([part for row in zip(*(side[kind] for side in parts), strict=True) for part in row]
                        for kind in (0, 1))  # fmt: skip
-        lengths = np.array([len(part) for part in ids], dtype=np.int64)
-        starts = np.cumsum(lengths) - lengths
-        joined = np.concatenate(labels)
-        joined[starts] = IGNORED
-        positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-        return {"input_ids": np.concatenate(ids), "labels": joined, "position_ids": positions}
+        return join_sides(ids, labels, table["shared"].to_numpy() if self._shared else None)
+
+
+def lengths_of(rows: Dataset, *, shares_prompts: bool) -> np.ndarray:
+    """Returns the tokens of each row, int [rows]; of a pair those of both sides, of a prompt that they share once."""
+    lengths = column(rows, "length")
+    return lengths - column(rows, "shared") if shares_prompts else lengths
 
 
 def _split(column: pa.ChunkedArray) -> list[np.ndarray]:

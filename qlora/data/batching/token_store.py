@@ -20,6 +20,7 @@ from datasets import Dataset
 from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import OnEmpty, OnTooLong
 from qlora.data.batching.row_encoder import Encoded, RowEncoder
+from qlora.data.batching.shared_prompts import count_shared
 from qlora.data.chat.answer_weights import settle
 from qlora.data.chat.conversations import Conversation
 from qlora.data.formats.cells import Row, TrackedRow, take_rows
@@ -58,10 +59,16 @@ COLUMNS: Final = {
 EVAL_COLUMNS: Final = {"prompt_ids": TOKENS, "prompt": pa.string(), "reference": pa.string()}
 KIND_COLUMNS: Final[dict[RowKind, dict[str, pa.DataType]]] = {
     RowKind.tokens: {},
-    RowKind.pairs: {"answer_start": pa.int32(), "rejected_ids": TOKENS, "rejected_labels": TOKENS},
+    RowKind.pairs: {
+        "answer_start": pa.int32(),
+        "rejected_ids": TOKENS,
+        "rejected_labels": TOKENS,
+        "shared": pa.int32(),
+    },
     RowKind.labelled: {"answer_start": pa.int32(), "desirable": pa.bool_()},
 }
-"""What rows of preference hold besides; `qlora.data.formats.preferences` says what it means."""
+"""What rows of preference hold besides; `qlora.data.formats.preferences` says what it means. `shared` is the number of
+tokens that both sides of a pair begin with, their labels included."""
 TASK_COLUMN: Final = "task"
 """The column of source rows that evaluation rows keep, for reports by task."""
 
@@ -372,6 +379,9 @@ def _preference_cells(kind: RowKind, kept: list[Encoded]) -> dict[str, Any]:
         "rejected_labels": [side.labels for side in others],
     }.items():
         cells[name] = _lists([np.asarray(row, dtype=np.int32) for row in rows])
+    cells["shared"] = [
+        count_shared((encoded.input_ids, encoded.labels), side) for encoded, side in zip(kept, others, strict=True)
+    ]
     return cells
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import FlashAttention
 from qlora.step.kernels.attention import (
     NEWER_FLASH,
@@ -27,8 +28,14 @@ from qlora.step.kernels.attention import (
     has_varlen,
     wide_tiles,
 )
+from qlora.step.kernels.shared_prompts import NAMES, SharedRows, to_cells, to_tokens
 from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Packs, Request, StepContext
-from qlora.upstream.transformers_model import attention_of, set_attention, takes_any_attention
+from qlora.upstream.transformers_model import (
+    attention_of,
+    mixes_by_attention_alone,
+    set_attention,
+    takes_any_attention,
+)
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -78,6 +85,9 @@ class FusedAttention(ConfiguredPart):
         has_sinks = any(getattr(module, "sinks", None) is not None for module in modules)
         self._is_flexible = has_sinks or bool(getattr(settings, "attn_logit_softcapping", None))
         self._windows = {None, getattr(settings, "sliding_window", None)}
+        is_of_pairs = getattr(self.context.objective, "rows", None) is RowKind.pairs
+        self.shares_prompts = is_of_pairs and mixes_by_attention_alone(self.context.base)
+        """Whether the answers of a pair share their prompt where a batch says how."""
 
     def enter(self) -> None:
         """Chooses the fastest kernels for padded batches, and notes the model's own attention."""
@@ -94,11 +104,15 @@ class FusedAttention(ConfiguredPart):
         """Makes one variable-length batch of `packs`; `cu_seqlens` has a fixed length, for the sake of compiled code.
 
         A batch of single rows stays padded: the padding comes last, where causal attention does not see it. For a
-        model with a sliding window, or that needs `flex_attention`, such a batch is laid out too.
+        model with a sliding window, or that needs `flex_attention`, such a batch is laid out too. Where answers share
+        prompts, `input_ids` and `position_ids` are those of their tokens, and the rest is that of whole rows.
         """
         ids = batch["input_ids"]
         count, width = ids.shape
-        batch.pop("attention_mask", None)
+        shared_rows = SharedRows.of(batch) if self.shares_prompts and NAMES[0] in batch else None
+        if packs is None and "position_ids" in batch:  # of one pair each, whose rows hold no more than all its tokens
+            packs = Packs(width, 2, width if shared_rows is None else len(shared_rows.first) // count)
+        batch = {name: value for name, value in batch.items() if name not in ("attention_mask", *NAMES)}
         if packs is not None:
             positions, max_seqlen, max_rows = batch["position_ids"], packs.max_seqlen, packs.max_rows
         elif self._is_flexible or len(self._windows) > 1:
@@ -116,11 +130,13 @@ class FusedAttention(ConfiguredPart):
                 window: build_block_mask(cu_seqlens, count * width, window) for window in self._windows
             }
             batch["tiles"] = wide_tiles(ids.device)
+        if shared_rows is not None:
+            batch["shared_rows"] = shared_rows
         return batch | {
-            "input_ids": ids.view(1, -1),
+            "input_ids": ids.view(1, -1) if shared_rows is None else ids.view(1, -1)[:, shared_rows.first],
             # The last token of a row predicts nothing, and not the first one of the row behind it.
             "labels": batch["labels"].view(1, -1).masked_fill(begins, IGNORED),
-            "position_ids": positions,
+            "position_ids": positions if shared_rows is None else positions[:, shared_rows.first],
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,
         }
@@ -217,6 +233,27 @@ def attend_packed(
     return attend_plain(q, k, v, cu_seqlens, scaling, **options).unsqueeze(0), None
 
 
+def attend_sharing(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    shared_rows: SharedRows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `attend_packed`, whose rows are those of `shared_rows` where tokens stand in several of them.
+
+    `query` is [1, heads, tokens, width]; returns [1, tokens, heads, width].
+    """
+    if shared_rows is None:
+        return attend_packed(module, query, key, value, attention_mask, **kwargs)
+    q, k, v = (to_cells(tensor[0].transpose(0, 1), shared_rows).transpose(0, 1)[None] for tensor in (query, key, value))
+    output, _ = attend_packed(module, q, k, v, attention_mask, **kwargs)
+    return to_tokens(output[0], shared_rows)[None], None
+
+
 def _check_arguments(module: torch.nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raises for what only an architecture's own attention computes: a mask, or an argument that nothing here reads."""
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
@@ -228,4 +265,4 @@ def _check_arguments(module: torch.nn.Module, attention_mask: Tensor | None, kwa
 
 # Without mask functions: with one, transformers would look for packs in the positions, and wait for the device.
 AttentionInterface.register(BATCH, attend_padded)
-AttentionInterface.register(VARLEN, attend_packed)
+AttentionInterface.register(VARLEN, attend_sharing)
