@@ -18,7 +18,7 @@ from qlora.errors import ConfigError, mean, suggest
 from qlora.text import brief_text
 
 SUBJECTS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("chat", "evaluate", "predict", "merge"), ("adapter",)),
+    **dict.fromkeys(("chat", "evaluate", "predict", "merge", "serve"), ("adapter",)),
     "push": ("adapter", "repo"),
     "replay": ("run",),
     "migrate": ("from",),

@@ -174,6 +174,7 @@ FOREIGN_OPTIONS = {
         **dict.fromkeys(("eval", "test", "validate", "benchmark", "measure", "evaluation"), "task=evaluate"),
         **dict.fromkeys(("export", "merge_and_unload", "save", "convert", "fuse", "gguf", "quantize"), "task=merge"),
         **dict.fromkeys(("ui", "gui", "web", "dashboard", "webui", "monitor", "tensorboard"), "task=board"),
+        **dict.fromkeys(("api", "server", "endpoint", "host"), "task=serve"),
         **dict.fromkeys(("upload", "publish", "push_to_hub"), "task=push"),
         **dict.fromkeys(("estimate", "memory", "dry-run", "dryrun"), "task=plan"),
         **dict.fromkeys(("show", "inspect", "tokens", "view"), "task=preview"),
@@ -224,13 +225,13 @@ FOREIGN_OPTIONS = {
 }
 """Options of a group that other tools or people call otherwise, and what to write."""
 
-SERVE = "task=merge adapter=RUN, then vLLM or Ollama on the folder `merged` (docs/serve.md)"
+SERVE = "qlora serve RUN answers here, and qlora merge RUN makes a folder for vLLM or Ollama (docs/serve.md)"
 RESUME = "the command of a run resumes it, with its name=NAME or hydra.run.dir=FOLDER"
 SWEEP = "-m varies keys: -m lora.r=8,16, or sweep=lora-rank"
 FOREIGN_TASKS = {
     **dict.fromkeys(("resume", "continue", "restart"), RESUME),
     **dict.fromkeys(("tune", "search", "hpo", "grid"), SWEEP),
-    **dict.fromkeys(("serve", "deploy", "api", "server", "host", "vllm", "ollama"), SERVE),
+    **dict.fromkeys(("deploy", "vllm", "ollama"), SERVE),
 }
 """Tasks that none here does, and what does instead."""
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FREE_KEYS = (
     *("task", "tracking", "name", "objective", "device", "evaluation.show_predictions", "model.cache_dir"),
     *("data.cache_dir", "data.num_proc", "data.max_row_bytes", "adapter", "base", "repo", "runs", "run", "source"),
-    *("trusted", "manifest", "merge", "plan", "trainer.profile", "trainer.parallel", "trainer.disk_wait"),
+    *("trusted", "manifest", "merge", "serve", "plan", "trainer.profile", "trainer.parallel", "trainer.disk_wait"),
     *("trainer.save_total_limit", "quantization.experts_offload", "watchdog", "resume", "sweep"),
 )
 

@@ -27,6 +27,7 @@ class TaskName(StrEnum):
     replay = auto()
     wandb_sweep = auto()
     board = auto()
+    serve = auto()
 
     @property
     def trains(self) -> bool:
@@ -58,7 +59,7 @@ SweepMethod = StrEnum("SweepMethod", "grid random bayes")
 """How wandb chooses the points of a sweep of its own."""
 
 TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
-    "adapter": (TaskName.chat, TaskName.evaluate, TaskName.merge, TaskName.predict, TaskName.push),
+    "adapter": (TaskName.chat, TaskName.evaluate, TaskName.merge, TaskName.predict, TaskName.push, TaskName.serve),
     "repo": (TaskName.push,),
     "runs": (TaskName.report,),
     "run": (TaskName.replay,),
@@ -79,7 +80,7 @@ class TaskConfig:
 
     name: TaskName = MISSING
     """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan`, `doctor`, `migrate`,
-    `replay`, `wandb_sweep` or `board`; chosen with `task=`."""
+    `replay`, `wandb_sweep`, `board` or `serve`; chosen with `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True
