@@ -22,7 +22,7 @@ from qlora.errors import DataError
 from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.json_files import read_object
 from qlora.text import brief_text
-from qlora.upstream.peft import names_kept, rank_of, rename_experts
+from qlora.upstream.peft import base_of, names_kept, rank_of, rename_experts
 from qlora.upstream.torch_models import weight_of
 
 LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|magnitude_vector)")

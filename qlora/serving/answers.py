@@ -79,7 +79,7 @@ class Form:
         texts, offsets = [self._text(token) for token, _ in tokens], []
         for token, _ in tokens:
             offsets.append(self.offset)
-            self.offset += len(decode(self.tokenizer, [token]))
+            self.offset += len(token_text(self.tokenizer, token))
         # Several tokens may be written alike, as halves of a character are: the likeliest one stands for them.
         top = [{self._text(token): value for token, value in reversed(score.likeliest)} for _, score in tokens]
         return {
@@ -94,12 +94,18 @@ class Form:
         return {**self._told(token, score.logprob), "top_logprobs": likeliest}
 
     def _told(self, token: int, logprob: float) -> Json:
-        text = decode(self.tokenizer, [token])
+        text = token_text(self.tokenizer, token)
         is_whole = "\ufffd" not in text
         return {"token": self._text(token), "logprob": logprob, "bytes": list(text.encode()) if is_whole else None}
 
     def _text(self, token: int) -> str:
-        return f"token_id:{token}" if self.asked.names_ids else decode(self.tokenizer, [token])
+        return f"token_id:{token}" if self.asked.names_ids else token_text(self.tokenizer, token)
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Returns the text of a token behind another one: some tokenizers leave out the blank before a first word."""
+    alone, twice = decode(tokenizer, [token]), decode(tokenizer, [token, token])
+    return twice.removeprefix(alone) if twice.startswith(alone) else alone
 
 
 def event(data: Json) -> bytes:

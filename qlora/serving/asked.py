@@ -181,7 +181,7 @@ def read_prompt(fields: Fields) -> str | list[int]:
         raise Refusal("prompt is missing: the text to continue", param="prompt")
     if not (is_text(prompt) if isinstance(prompt, str) else all(map(is_whole, prompt))):
         raise Refusal("prompt must be a text or a list of token ids", param="prompt", code="invalid_type")
-    return prompt  # type: ignore[no-any-return]
+    return prompt
 
 
 def _read(fields: Fields, **read: Any) -> Asked:
@@ -246,7 +246,9 @@ def _read_message(message: Any, where: str) -> Message:
 
 def _read_content(content: Any, where: str) -> str:
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    texts: list[Any] = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts
+    ]
     if not all(map(is_text, texts)):
         raise Refusal(
             f"{where} must be a text, or a list of parts of type text, got {brief(content)}", param="messages"

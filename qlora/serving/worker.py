@@ -21,6 +21,7 @@ from qlora.text import brief_text
 
 log = logging.getLogger(__name__)
 
+ENDING = "the server is ending"
 CONTINUED = 8
 """Tokens of a prompt that are decoded with what continues it."""
 
@@ -111,6 +112,8 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Queues a job."""
         self._inbox.put(partial(self._open, job))
+        if self._closing:  # perhaps nobody looks into the inbox any more
+            job.send(Part(error=ENDING))
 
     def cancel(self, job: Job) -> None:
         """Gives up a job: its slot is free from the next step on. One that has ended is left alone."""
@@ -124,7 +127,7 @@ class Worker:
             self._thread.join()
 
     def _run(self) -> None:
-        reason = "the server is ending"
+        reason = ENDING
         try:
             with self.serving():
                 while not self._closing:

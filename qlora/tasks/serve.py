@@ -98,7 +98,9 @@ def _build_service(job: TaskJob) -> Service:
     model, served = load_models(chosen, context)
     slots = _slots(job)
     capacity = plan_capacity(config, slots, model, models=len(served), context=context)
-    _say_start(job, model, chosen, f"{capacity.slots} of {context:,} tokens a model, {config.queue:,} requests wait")
+    _say_start(
+        job, model, chosen, f"{capacity.slots} of {context:,} tokens for each model; {config.queue:,} requests may wait"
+    )
     if capacity.note is not None:
         console.say(capacity.note)
     worker = _build_worker(slots, model, capacity.slots, context)

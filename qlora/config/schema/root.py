@@ -85,8 +85,8 @@ class Config:
     tracking: TrackingConfig = MISSING
     adapter: str | None = None
     """What to evaluate, predict, chat with, serve, merge or push: a folder of an adapter, of a merged model or of a
-    finished run, whose settings the task takes, or `none` for the untuned base. Unset: the adapter in this run's own folder
-    (`hydra.run.dir=FOLDER`), else the base that the command names."""
+    finished run, whose settings the task takes, or `none` for the untuned base. Unset: the adapter in this run's own
+    folder (`hydra.run.dir=FOLDER`), else the base that the command names."""
     base: SameBase = SameBase.auto
     """What happens where the base has other weights than the one that an adapter, or the resumed run, was trained on:
     `auto` refuses them, `force` accepts them with a warning."""
