@@ -81,7 +81,7 @@ def load_adapter(
 def check_fit(model: torch.nn.Module, folder: Path, base_name: str, key: str) -> dict[str, Any]:
     """Returns the settings of an adapter; raises `DataError` where the base has no place for one of its tensors."""
     settings = check_adapter_folder(folder, key)
-    base = base_of(model) if isinstance(model, PeftModel) else model
+    base: Any = base_of(model) if isinstance(model, PeftModel) else model
     _check_new_tokens(base, folder, key)
     if (difference := _find_difference(base, folder)) is not None:
         raise DataError(f"{_unfit(folder, base_name, key, settings)} ({difference})")

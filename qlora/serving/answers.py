@@ -68,7 +68,7 @@ class Form:
         return {"id": number, "object": kind, "created": self.created, "model": self.asked.model}
 
     def _usage(self, last: Part) -> Json:
-        prompt, answer = self.prompt_tokens, last.count
+        prompt, answer = self.prompt_tokens, last.length
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
     def _logprobs(self, tokens: Sequence[tuple[int, Score]]) -> Json | None:

@@ -102,8 +102,8 @@ def _chosen(config: GenerationConfig, sampling: Sampling) -> GenerationConfig:
         plain = {name: getattr(unset, name) for name in ("temperature", "top_p", "top_k", "typical_p")}
         return replace(config, do_sample=False, **plain)
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    own = {} if config.do_sample else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    changes = own | {name: value for name, value in given.items() if value is not None}
+    start = {} if config.do_sample else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    changes = start | {name: value for name, value in given.items() if value is not None}
     return replace(config, do_sample=True, **changes)
 
 

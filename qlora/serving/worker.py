@@ -32,7 +32,7 @@ class Part(NamedTuple):
     text: str = ""
     tokens: tuple[tuple[int, Score], ...] = ()
     """Its tokens with their scores, where these were asked for."""
-    count: int = 0
+    length: int = 0
     """How many tokens the answer has so far, an end token included."""
     finish: str | None = None
     """`stop` or `length`: this is the last part."""
@@ -53,18 +53,18 @@ class Job:
     likeliest: int | None = None
     request: Request | None = None
     stream: Stream | None = None
-    shown: list[str] = field(default_factory=list)
+    unsent: list[str] = field(default_factory=list)
     """The text that no part has brought yet."""
 
     def open(self, engine: Engine) -> None:
         """Hands the prompt to an engine."""
         encoder = self.model.encoder
         self.request = engine.add(self, self.prompt, sampler=self.sampler, likeliest=self.likeliest)
-        # A conversation ends where the next question begins, as in `task=chat`; a text goes on as it likes.
+        # A conversation ends where the next question begins, as in `task=chat`; a text is continued as the model likes.
         continued = () if self.is_chat else self.prompt[-CONTINUED:]
         stop_text = encoder.writer.stop_text if self.is_chat else ""
         self.stream = Stream(
-            encoder.base, self.model.end_ids, stop_text, self.shown.append, stops=self.stops, continues=continued
+            encoder.base, self.model.end_ids, stop_text, self.unsent.append, stops=self.stops, continues=continued
         )
 
     def advance(self) -> bool:
@@ -78,9 +78,9 @@ class Job:
         if stream.stops or request.is_done:
             finish = stream.close().finish
         scored = tuple(zip(request.answer[told:], request.scores[told:], strict=True)) if request.scores else ()
-        if self.shown or scored or finish is not None:
-            self.send(Part("".join(self.shown), scored, len(request.answer), finish))
-            self.shown.clear()
+        if self.unsent or scored or finish is not None:
+            self.send(Part("".join(self.unsent), scored, len(request.answer), finish))
+            self.unsent.clear()
         return finish is not None
 
 
@@ -181,7 +181,7 @@ class Worker:
                 if request.key.advance():
                     self._close(request.key)
                     self.answers, self.tokens = self.answers + 1, self.tokens + len(request.answer)
-        except Exception as error:  # of this model alone: the others go on
+        except Exception as error:  # of this model alone
             log.error("the answers of %s were lost: %s", name, _describe(error))
             log.debug("where they were lost", exc_info=True)
             self._fail([job for job in self.jobs if job.model.name == name], f"the model failed: {_describe(error)}")

@@ -73,7 +73,7 @@ def wait_for_signal() -> None:
     ended = threading.Event()
     previous = {number: signal.signal(number, lambda *_: ended.set()) for number in SIGNALS}
     try:
-        while not ended.wait(1):
+        while not ended.wait(0.2):
             pass
     finally:
         for number, handler in previous.items():

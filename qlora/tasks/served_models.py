@@ -26,6 +26,7 @@ from qlora.models.tokenizer import load_saved_tokenizer
 from qlora.runtime.run_folder import find_adapter
 from qlora.serving.served_model import Limits, ServedModel, as_it_is, switch_off, switch_to
 from qlora.upstream.peft import base_of
+from qlora.upstream.torch_models import weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,16 +63,16 @@ class Chosen:
     @property
     def adapters(self) -> dict[str, Path]:
         """The folders of all adapters."""
-        own = self.session.trained[0]
-        first = {self.name: own} if self.name is not None and own is not None else {}
+        adapter = self.session.trained[0]
+        first = {self.name: adapter} if self.name is not None and adapter is not None else {}
         return first | {further.name: further.folder for further in self.further}
 
     @property
     def names(self) -> list[str]:
         """All names, what clients get who name none first."""
         full = self.session.trained[1] is not None
-        own = [self.name] if self.name is not None else []
-        return [*own, *(further.name for further in self.further), *([] if full else [BASE])]
+        first = [self.name] if self.name is not None else []
+        return [*first, *(further.name for further in self.further), *([] if full else [BASE])]
 
 
 def choose_models(session: Session) -> Chosen:
@@ -113,8 +114,8 @@ def load_models(chosen: Chosen, context: int) -> tuple[PreTrainedModel | PeftMod
             loaded[further.name] = f"further_{number}"
             attach_adapter(model, further.folder, base_name, name=loaded[further.name], key=further.key)
     encoders = {further.name: further.encoder for further in chosen.further}
-    base = base_of(model) if isinstance(model, PeftModel) else model
-    limits = Limits(context, base.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    base: Any = base_of(model) if isinstance(model, PeftModel) else model
+    limits = Limits(context, len(weight_of(base.get_input_embeddings())))
 
     def served(name: str) -> ServedModel:
         encoder = encoders.get(name, session.chat_encoder)

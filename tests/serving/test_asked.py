@@ -113,8 +113,8 @@ def test_greedy_is_what_is_not_asked_otherwise(asked: Sampling, expected: tuple[
 
 
 def test_a_run_that_samples_is_asked_as_it_was_set() -> None:
-    own = GenerationConfig(do_sample=True, temperature=0.5, top_k=7, top_p=0.8, typical_p=0.9)
-    assert chosen(own, Sampling()) == own
-    assert chosen(own, Sampling(top_p=1)).top_p == 1
-    assert chosen(own, Sampling(temperature=2)).top_k == 7
-    assert not chosen(own, Sampling(temperature=0)).do_sample
+    config = GenerationConfig(do_sample=True, temperature=0.5, top_k=7, top_p=0.8, typical_p=0.9)
+    assert chosen(config, Sampling()) == config
+    assert chosen(config, Sampling(top_p=1)).top_p == 1
+    assert chosen(config, Sampling(temperature=2)).top_k == 7
+    assert not chosen(config, Sampling(temperature=0)).do_sample

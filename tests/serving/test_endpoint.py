@@ -236,7 +236,7 @@ def post(endpoint: Endpoint, path: str, body: Any, method: str = "POST", **heade
 WRONG: list[tuple[str, Any, int, str]] = [
     ("/v1/completions", b"{", 400, "the body is no JSON"),
     ("/v1/completions", b"[" * 100_000, 400, "the body is no JSON"),
-    ("/v1/completions", b'{"model": "mine", "prompt": [5], "temperature": NaN}', 400, "NaN is no number of JSON"),
+    ("/v1/completions", b'{"model": "mine", "prompt": [5], "temperature": NaN}', 400, "NaN is not a number in JSON"),
     ("/v1/completions", b"[1]", 400, "the body must be a JSON object"),
     ("/v1/completions", b"\xff", 400, "the body is no JSON"),
     ("/v1/completions", {"prompt": "a"}, 400, "model is missing"),
@@ -294,7 +294,7 @@ def test_texts_are_made_tokens_of_as_vllm_and_llama_cpp_ask(endpoint: Endpoint) 
     assert encoder.eos not in ids  # what a text spells is text
 
 
-def test_a_model_that_fails_loses_its_own_answers_and_the_others_go_on(
+def test_a_model_that_fails_loses_its_answers_and_no_other_does(
     client: Any, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> Any:

@@ -100,12 +100,12 @@ def test_the_context_is_the_models_unless_it_is_long() -> None:
     assert choose_context(ServeConfig(), 512) == 512
     assert choose_context(ServeConfig(), 131072) == choose_context(ServeConfig(), None) == 8192
     assert choose_context(ServeConfig(context=100_000), 131072) == 100_000
-    with pytest.raises(ConfigError, match="serve.context=600 is more than the model's context of 512 tokens"):
+    with pytest.raises(ConfigError, match=r"serve\.context=600 is more than the model's context of 512 tokens"):
         choose_context(ServeConfig(context=600), 512)
 
 
 def test_transformers_own_loop_is_no_engine_here() -> None:
-    with pytest.raises(ConfigError, match="task=serve answers by slots, and generation.loop=transformers rules them"):
+    with pytest.raises(ConfigError, match=r"task=serve answers by slots, and generation\.loop=transformers rules them"):
         check_answers(GenerationConfig(loop=Loop.transformers))
 
 
