@@ -66,13 +66,11 @@ class Stream(BaseStreamer):
 
     def _decode(self, ids: list[int]) -> str:
         """Returns a text; some tokenizers leave out the blank before its first word, unless it continues another."""
-        before = decode(self.tokenizer, self.continues, skip_special_tokens=True) if self.continues else ""
+        previous = decode(self.tokenizer, self.continues, skip_special_tokens=True) if self.continues else ""
         whole = decode(self.tokenizer, [*self.continues, *ids], skip_special_tokens=True)
-        return (
-            whole.removeprefix(before)
-            if whole.startswith(before)
-            else decode(self.tokenizer, ids, skip_special_tokens=True)
-        )
+        if whole.startswith(previous):
+            return whole.removeprefix(previous)
+        return decode(self.tokenizer, ids, skip_special_tokens=True)
 
     def close(self, *, interrupted: bool = False) -> Reply:
         """Shows the rest and returns the answer."""

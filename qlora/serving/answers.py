@@ -52,14 +52,14 @@ class Form:
 
     def closing(self, part: Part) -> list[Json]:
         """Returns the chunks that come after the last part."""
-        if not self.asked.tells_usage:
+        if not self.asked.reports_usage:
             return []
         return [{**self._head(is_chunk=True), "choices": [], "usage": self._usage(part)}]
 
     def _chunk(self, said: Any, logprobs: Json | None, finish: str | None) -> Json:
         choice = {"delta" if self.asked.is_chat else "text": said}
         choice |= {"index": 0, "logprobs": logprobs, "finish_reason": finish}
-        usage = {"usage": None} if self.asked.tells_usage else {}
+        usage = {"usage": None} if self.asked.reports_usage else {}
         return {**self._head(is_chunk=True), "choices": [choice], **usage}
 
     def _head(self, *, is_chunk: bool) -> Json:

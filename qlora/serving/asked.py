@@ -56,7 +56,7 @@ class Asked:
     likeliest: int | None
     """How many likely tokens are told beside each token; None: no log-probability is told."""
     streams: bool
-    tells_usage: bool
+    reports_usage: bool
     """Whether the end of a stream tells the number of tokens."""
     names_ids: bool
     """Whether tokens are told as `token_id:NUMBER`."""
@@ -141,11 +141,11 @@ def read_chat(body: bytes) -> Asked:
     """Returns what a request for a chat completion asks for; raises `Refusal`."""
     fields = Fields(body)
     messages = read_messages(fields)
-    tells = fields.flag("logprobs")
+    wants = fields.flag("logprobs")
     likeliest = fields.count("top_logprobs", 0, MOST_LIKELY)
-    if likeliest is not None and not tells:
+    if likeliest is not None and not wants:
         raise Refusal("top_logprobs needs logprobs=true", param="top_logprobs")
-    asked = _read(fields, messages=messages, prompt=None, likeliest=(likeliest or 0) if tells else None)
+    asked = _read(fields, messages=messages, prompt=None, likeliest=(likeliest or 0) if wants else None)
     fields.close()
     return asked
 
@@ -212,7 +212,7 @@ def _read(fields: Fields, **read: Any) -> Asked:
         sampling=sampling,
         stops=_read_stops(fields),
         streams=streams,
-        tells_usage=usage,
+        reports_usage=usage,
         names_ids=fields.flag("return_tokens_as_token_ids"),
         **read,
     )

@@ -30,7 +30,7 @@ def test_a_request_holds_what_was_sent() -> None:
     assert chat(logprobs=True).likeliest == 0
     assert chat().likeliest is None
     assert completion(prompt=[[1, 2]]).prompt == [1, 2]
-    assert completion(stop=["a", "b"], stream=True, stream_options={"include_usage": True}).tells_usage
+    assert completion(stop=["a", "b"], stream=True, stream_options={"include_usage": True}).reports_usage
 
 
 def test_a_conversation_has_openais_forms() -> None:

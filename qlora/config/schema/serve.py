@@ -45,8 +45,7 @@ class ServeConfig:
         for name in ("slots", "queue"):
             require(getattr(self, name) > 0, f"serve.{name}", "be positive", getattr(self, name))
         require(self.context is None or self.context > 1, "serve.context", "be 2 or more, or null", self.context)
-        names: dict[str, str | None] = {"serve.name": self.name}
-        names |= {f"serve.adapters.{name}": name for name in self.adapters}
-        for key, name in names.items():
-            is_name = name is None or (NAME.fullmatch(name) is not None and name != BASE)
-            require(is_name, key, f"be a name without blanks and slashes, and not {BASE!r}, which is the base", name)
+        names: dict[str, str | None] = {f"serve.adapters.{name}": name for name in self.adapters}
+        for key, asked in (names | {"serve.name": self.name}).items():
+            is_name = asked is None or (NAME.fullmatch(asked) is not None and asked != BASE)
+            require(is_name, key, f"be a name without blanks and slashes, and not {BASE!r}, which is the base", asked)
