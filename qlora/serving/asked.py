@@ -54,10 +54,10 @@ class Asked:
     sampling: Sampling
     stops: tuple[str, ...]
     likeliest: int | None
-    """How many likely tokens are told beside each token; None: no log-probability is told."""
+    """How many likely tokens are told beside each one of the answer; None: no log-probability is asked for."""
     streams: bool
     reports_usage: bool
-    """Whether the end of a stream tells the number of tokens."""
+    """Whether the end of a stream holds the number of tokens."""
     names_ids: bool
     """Whether tokens are told as `token_id:NUMBER`."""
 

@@ -67,8 +67,8 @@ class Job:
             encoder.base, self.model.end_ids, stop_text, self.unsent.append, stops=self.stops, continues=continued
         )
 
-    def advance(self) -> bool:
-        """Sends what is new; returns whether the answer has come to its end."""
+    def advance(self) -> Part | None:
+        """Returns what is new; None: nothing that can be sent yet."""
         request, stream = self.request, self.stream
         assert request is not None
         assert stream is not None
@@ -78,10 +78,11 @@ class Job:
         if stream.stops or request.is_done:
             finish = stream.close().finish
         scored = tuple(zip(request.answer[told:], request.scores[told:], strict=True)) if request.scores else ()
-        if self.unsent or scored or finish is not None:
-            self.send(Part("".join(self.unsent), scored, len(request.answer), finish))
-            self.unsent.clear()
-        return finish is not None
+        if not (self.unsent or scored or finish is not None):
+            return None
+        text = "".join(self.unsent)
+        self.unsent.clear()
+        return Part(text, scored, len(request.answer), finish)
 
 
 class Worker:
@@ -178,9 +179,12 @@ class Worker:
             with next(iter(self._jobs_of(engine))).model.switched(), torch.inference_mode(), self.autocast():
                 ended = engine.step()
             for request in [*engine.active, *ended]:
-                if request.key.advance():
+                if (part := request.key.advance()) is None:
+                    continue
+                if part.finish is not None:
                     self._close(request.key)
-                    self.answers, self.tokens = self.answers + 1, self.tokens + len(request.answer)
+                    self.answers, self.tokens = self.answers + 1, self.tokens + part.length
+                request.key.send(part)
         except Exception as error:  # of this model alone
             log.error("the answers of %s were lost: %s", name, _describe(error))
             log.debug("where they were lost", exc_info=True)
