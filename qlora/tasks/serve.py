@@ -35,9 +35,10 @@ def needs(config: Config) -> Needs:
 
 def run(job: TaskJob) -> TaskResult:
     """Answers until a signal ends it; what cannot be served is said before weights are read."""
-    with serving(job) as endpoint:
+    with serving(job) as endpoint, signals() as ended:
         console.say(f"serving {', '.join(endpoint.service.models)} on {endpoint.url}; Ctrl-C ends it")
-        wait_for_signal()
+        while not ended.wait(0.2):
+            pass
         console.say("ending")
     answers, tokens = endpoint.service.worker.answers, endpoint.service.worker.tokens
     console.say(f"{plural(answers, 'answer')} of {plural(tokens, 'token')}")
@@ -68,13 +69,13 @@ def serving(job: TaskJob) -> Iterator[Endpoint]:
             server.stop()
 
 
-def wait_for_signal() -> None:
-    """Returns at Ctrl-C or SIGTERM."""
+@contextmanager
+def signals() -> Iterator[threading.Event]:
+    """Yields what Ctrl-C and SIGTERM set in the block."""
     ended = threading.Event()
     previous = {number: signal.signal(number, lambda *_: ended.set()) for number in SIGNALS}
     try:
-        while not ended.wait(0.2):
-            pass
+        yield ended
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

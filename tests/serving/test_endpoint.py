@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.config.compose import compose
+from qlora.errors import UserError
 from qlora.run import Run
 from qlora.tasks import build_job
 from qlora.tasks.serve import Endpoint, serving
@@ -337,3 +338,55 @@ def test_a_full_queue_says_so_and_what_is_stopped_is_told(
         assert post(endpoint, "/health", b"", "GET")[0] == 503
         with pytest.raises(openai.InternalServerError, match="the server is ending"):
             said(client, "mine")
+
+
+def changed(folder: Path, to: Path, **settings: Any) -> Path:
+    shutil.copytree(folder, to)
+    file = to / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ("serve.adapters={a: nowhere}", "serve.adapters.a=nowhere: no such folder"),
+        ("serve.adapters={a: {empty}}", "serve.adapters.a={empty} holds no adapter; give the folder of an adapter or"),
+        ("serve.adapters={mine: {other}}", "two adapters are named 'mine'; give the first another name with serve.na"),
+        ("serve.adapters={a: {biased}}", "serve.adapters.a={biased}/adapter trains biases, so that it cannot share it"),
+        ("serve.adapters={a: {whole}}", "serve.adapters.a={whole}/adapter trains whole modules, so that it cannot sha"),
+        ("serve.context=513", "serve.context=513 is more than the model's context of 512 tokens; set it to 512 at mo"),
+        ("serve.name=other adapter=none", "serve.name=other names what adapter= trained, and this is the base; leave"),
+        ("serve.adapters={a: {foreign}}", "serve.adapters.a={foreign} "),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_weights_are_read(
+    runs: dict[str, Path], tmp_path: Path, overrides: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora.models.loading.load_base", None)
+    places = {name: tmp_path / name for name in ("empty", "biased", "whole", "foreign")} | runs
+    places["empty"].mkdir()
+    changed(runs["other"], places["biased"], bias="all")
+    changed(runs["other"], places["whole"], modules_to_save=["lm_head"])
+    base = changed(runs["other"], places["foreign"]) / "adapter/base.json"
+    base.write_text(base.read_text().replace("weights-1:", "weights-1:0"))
+    for name, folder in places.items():
+        overrides, sentence = (
+            overrides.replace(f"{{{name}}}", str(folder)),
+            sentence.replace(f"{{{name}}}", str(folder)),
+        )
+    is_base = overrides.endswith(" adapter=none")
+    chosen = overrides.split() if is_base else [f"adapter={runs['mine']}", overrides]
+    job = build_job(compose(["task=serve", "serve.port=0", *chosen]), tmp_path / "nothing")
+    with pytest.raises(UserError) as error, serving(job):
+        pass
+    assert str(error.value).startswith(sentence)
+
+
+def test_adapters_are_served_beside_a_base_that_no_run_names(runs: dict[str, Path]) -> None:
+    adapters = ", ".join(f"{name}: {folder / 'adapter'}" for name, folder in runs.items())
+    overrides = ["adapter=none", "model=tiny", *EXACT, f"serve.adapters={{{adapters}}}", "serve.port=0"]
+    with serving(build_job(compose(["task=serve", *overrides]), runs["mine"].with_name("nothing"))) as endpoint:
+        client = openai.OpenAI(base_url=endpoint.url, api_key="none", max_retries=0, timeout=20)
+        assert [model.id for model in client.models.list()] == ["mine", "other", "base"]
+        assert len({said(client, name) for name in ("mine", "other", "base")}) == 3

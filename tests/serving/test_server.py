@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from qlora.errors import ConfigError, ResourceError, UserError
 from qlora.serving.capacity import check_answers, choose_context
 from qlora.serving.production import production_lines
 from qlora.serving.server import check_packages, is_loopback, listen, read_token
-from qlora.tasks.serve import wait_for_signal
+from qlora.tasks.serve import signals
 
 TOKEN = "QLORA_SERVE_TOKEN"
 
@@ -139,10 +137,9 @@ def test_the_commands_for_production_attach_the_adapters(tmp_path: Path) -> None
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_and_handlers_are_as_before(number: signal.Signals) -> None:
     previous = signal.getsignal(number)
-    threading.Timer(0.1, signal.raise_signal, [number]).start()
-    started = time.monotonic()
-    wait_for_signal()
-    assert time.monotonic() - started < 5
+    with signals() as ended:
+        signal.raise_signal(number)
+        assert ended.is_set()
     assert signal.getsignal(number) is previous
 
 
