@@ -13,7 +13,7 @@ from qlora.errors import ConfigError, ResourceError
 from qlora.evaluation.measure import evaluation_mode
 from qlora.generation.answering import Slots
 from qlora.generation.linears import decoded_bytes
-from qlora.generation.slot_model import SlotModel, differs_reason, serving, unsupported_reason
+from qlora.generation.slot_model import SlotModel, differs_reason, serving, unsupported_option, unsupported_reason
 from qlora.runtime.device import free_memory
 from qlora.text import format_bytes
 
@@ -36,8 +36,10 @@ class Capacity:
 
 def check_answers(generation: GenerationConfig) -> None:
     """Raises `ConfigError` for options of `generation` under which slots do not answer."""
-    if generation.loop is Loop.transformers:
-        raise ConfigError("task=serve answers by slots, and generation.loop=transformers rules them out; leave it out")
+    reason = "generation.loop=transformers" if generation.loop is Loop.transformers else unsupported_option(generation)
+    if reason is not None:
+        key = reason.partition("=")[0]
+        raise ConfigError(f"task=serve answers by slots, which have no place for {key}; leave it out ({reason})")
 
 
 def choose_context(config: ServeConfig, context: int | None) -> int:

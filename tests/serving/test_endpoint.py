@@ -356,6 +356,7 @@ def changed(folder: Path, to: Path, **settings: Any) -> Path:
         ("serve.adapters={a: {biased}}", "serve.adapters.a={biased}/adapter trains biases, so that it cannot share it"),
         ("serve.adapters={a: {whole}}", "serve.adapters.a={whole}/adapter trains whole modules, so that it cannot sha"),
         ("serve.context=513", "serve.context=513 is more than the model's context of 512 tokens; set it to 512 at mo"),
+        ("generation.num_beams=2", "task=serve answers by slots, which have no place for generation.num_beams; leave"),
         ("serve.name=other adapter=none", "serve.name=other names what adapter= trained, and this is the base; leave"),
         ("serve.adapters={a: {foreign}}", "serve.adapters.a={foreign} "),
     ],

@@ -102,9 +102,19 @@ def test_the_context_is_the_models_unless_it_is_long() -> None:
         choose_context(ServeConfig(context=600), 512)
 
 
-def test_transformers_own_loop_is_no_engine_here() -> None:
-    with pytest.raises(ConfigError, match=r"task=serve answers by slots, and generation\.loop=transformers rules them"):
-        check_answers(GenerationConfig(loop=Loop.transformers))
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (GenerationConfig(loop=Loop.transformers), "generation.loop"),
+        (GenerationConfig(num_beams=2), "generation.num_beams"),
+        (GenerationConfig(use_cache=False), "generation.use_cache"),
+    ],
+)
+def test_options_that_slots_do_not_compute_are_refused(config: GenerationConfig, key: str) -> None:
+    check_answers(GenerationConfig())
+    with pytest.raises(ConfigError) as error:
+        check_answers(config)
+    assert str(error.value).startswith(f"task=serve answers by slots, which have no place for {key}; leave it out (")
 
 
 def adapter(folder: Path, **settings: Any) -> Path:
