@@ -23,7 +23,7 @@ from qlora.errors import DataError
 from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.json_files import read_object
 from qlora.text import brief_text
-from qlora.upstream.peft import names_kept, rank_of, rename_experts
+from qlora.upstream.peft import base_of, names_kept, rank_of, rename_experts
 from qlora.upstream.torch_models import weight_of
 
 LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|magnitude_vector)")
@@ -53,17 +53,9 @@ def load_adapter(
 
     With `dropout` it is to be trained. Raises `DataError` for one of another base and for one with gaps.
     """
-    settings = check_adapter_folder(folder, key)
-    if has_head(settings.get("modules_to_save")):
+    if has_head(check_adapter_folder(folder, key).get("modules_to_save")):
         attach_head(model)
-    recorded = settings.get("base_model_name_or_path")
-    _check_new_tokens(model, folder, key)
-    unfit = (
-        f"{key}={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base as "
-        "model.name"
-    )
-    if (difference := _find_difference(model, folder)) is not None:
-        raise DataError(f"{unfit} ({difference})")
+    settings = check_fit(model, folder, base_name, key)
     biases = copy_biases(model) if settings.get("bias", "none") != "none" else None
     try:
         peft_config: Any = PeftConfig.from_pretrained(str(folder))
@@ -79,22 +71,47 @@ def load_adapter(
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"{unfit} ({type(error).__name__}: {brief_text(str(error))})") from error
-    with open_adapter(folder) as file:
-        saved = set(file.keys())
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    is_renamed = any(map(SINGLE_EXPERT.search, saved))
-    if missing := [name for name in expected if name not in saved and not (is_renamed and EXPERTS in name)]:
-        raise DataError(
-            f"{key}={folder} is incomplete: {len(missing)} of the {len(expected)} tensors that its {ADAPTER_CONFIG} "
-            f"means on this base are missing, first {missing[0]}; copy the adapter again, or give the base it was "
-            f"trained on ({recorded}) as model.name"
-        )
+        reason = f"{type(error).__name__}: {brief_text(str(error))}"
+        raise DataError(f"{_unfit(folder, base_name, key, settings)} ({reason})") from error
+    check_whole(adapted, folder, key)
     if biases is not None:
         keep_biases(adapted, biases)
     if isinstance(peft_config, PeftLoraConfig):
         complete_adapter(adapted, dropout or 0.0)
     return adapted
+
+
+def check_fit(model: torch.nn.Module, folder: Path, base_name: str, key: str) -> dict[str, Any]:
+    """Returns the settings of an adapter; raises `DataError` where the base has no place for one of its tensors."""
+    settings = check_adapter_folder(folder, key)
+    base: Any = base_of(model) if isinstance(model, PeftModel) else model
+    _check_new_tokens(base, folder, key)
+    if (difference := _find_difference(base, folder)) is not None:
+        raise DataError(f"{_unfit(folder, base_name, key, settings)} ({difference})")
+    return settings
+
+
+def check_whole(model: PeftModel, folder: Path, key: str, name: str = "default") -> None:
+    """Raises `DataError` where a folder lacks tensors of the adapter that was loaded from it under a name."""
+    with open_adapter(folder) as file:
+        saved = set(file.keys())
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False, adapter_name=name)
+    is_renamed = any(map(SINGLE_EXPERT.search, saved))
+    if missing := [name for name in expected if name not in saved and not (is_renamed and EXPERTS in name)]:
+        recorded = read_object(folder / ADAPTER_CONFIG, f"{key}={folder}").get("base_model_name_or_path")
+        raise DataError(
+            f"{key}={folder} is incomplete: {len(missing)} of the {len(expected)} tensors that its {ADAPTER_CONFIG} "
+            f"means on this base are missing, first {missing[0]}; copy the adapter again, or give the base it was "
+            f"trained on ({recorded}) as model.name"
+        )
+
+
+def _unfit(folder: Path, base_name: str, key: str, settings: dict[str, Any]) -> str:
+    recorded = settings.get("base_model_name_or_path")
+    return (
+        f"{key}={folder} does not fit model.name={base_name}: it was trained on {recorded}; give that base as "
+        "model.name"
+    )
 
 
 def _find_difference(model: PreTrainedModel, folder: Path) -> str | None:

@@ -18,7 +18,7 @@ from qlora.errors import ConfigError, mean, suggest
 from qlora.text import brief_text
 
 SUBJECTS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("chat", "evaluate", "predict", "merge", "export", "verify"), ("adapter",)),
+    **dict.fromkeys(("chat", "evaluate", "predict", "merge", "export", "verify", "serve"), ("adapter",)),
     "push": ("adapter", "repo"),
     "replay": ("run",),
     "migrate": ("from",),

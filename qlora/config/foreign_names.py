@@ -190,6 +190,7 @@ FOREIGN_OPTIONS = {
         **dict.fromkeys(("gguf", "convert", "quantize", "convert_hf_to_gguf"), "task=export"),
         **dict.fromkeys(("certify", "parity", "prove"), "task=verify"),
         **dict.fromkeys(("ui", "gui", "web", "dashboard", "webui", "monitor", "tensorboard"), "task=board"),
+        **dict.fromkeys(("api", "server", "endpoint", "host"), "task=serve"),
         **dict.fromkeys(("upload", "publish", "push_to_hub"), "task=push"),
         **dict.fromkeys(("estimate", "memory", "dry-run", "dryrun"), "task=plan"),
         **dict.fromkeys(("show", "inspect", "tokens", "view"), "task=preview"),
@@ -250,13 +251,16 @@ FOREIGN_OPTIONS = {
 }
 """Options of a group that other tools or people call otherwise, and what to write."""
 
-SERVE = "task=merge adapter=RUN for vLLM or SGLang, or task=export for llama.cpp and Ollama (docs/ship.md)"
+SERVE = (
+    "qlora serve RUN answers here; qlora merge RUN makes a folder for vLLM or SGLang, qlora export RUN a file for "
+    "llama.cpp and Ollama (docs/ship.md)"
+)
 RESUME = "the command of a run resumes it, with its name=NAME or hydra.run.dir=FOLDER"
 SWEEP = "-m varies keys: -m lora.r=8,16, or sweep=lora-rank"
 FOREIGN_TASKS = {
     **dict.fromkeys(("resume", "continue", "restart"), RESUME),
     **dict.fromkeys(("tune", "search", "hpo", "grid"), SWEEP),
-    **dict.fromkeys(("serve", "deploy", "api", "server", "host", "vllm", "ollama"), SERVE),
+    **dict.fromkeys(("deploy", "vllm", "ollama"), SERVE),
 }
 """Tasks that none here does, and what does instead."""
 

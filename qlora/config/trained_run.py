@@ -120,7 +120,7 @@ def _leave_code_out(values: dict[str, Any], task: TaskName) -> None:
     if FUNCTION_PATH.fullmatch(str(values.get("loss", {}).get("name"))):
         del values["loss"]["name"]
     data = values.get("data", {})
-    if task in (TaskName.chat, TaskName.push):  # which read no rows
+    if task in (TaskName.chat, TaskName.push, TaskName.serve):  # which read no rows
         named = [name for name in ROWS if FUNCTION_PATH.fullmatch(str(data.get(name)))]
         data |= {name: ROWS[name] for name in named if data[name] not in OWN_FUNCTIONS}
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.generation.sampling import Sampler
+from qlora.generation.sampling import Sampler, choose_each
 from qlora.generation.slot_model import SlotModel
 
 PREFILL = 2048
 """Most tokens of prompts that are read in one pass, unless one prompt alone has more."""
 TOGETHER = 4
 """Prompts are read once this fraction of the slots is free, 1 / 4, or for all that are left."""
+
+
+class Score(NamedTuple):
+    """How likely the model found a token, before anything that `generation` does to its probabilities."""
+
+    logprob: float
+    likeliest: list[tuple[int, float]]
+    """The likeliest tokens there, with their log-probabilities."""
 
 
 @dataclass(eq=False)  # two rows may ask the same
@@ -28,9 +36,14 @@ class Request:
     prompt: list[int]
     room: int
     """Most tokens of the answer."""
+    sampler: Sampler
     uniforms: np.ndarray
     """A random number for each token of the answer; none where nothing is sampled."""
+    likeliest: int | None = None
+    """How many of the likeliest tokens are scored beside each token of the answer; None: no token is scored."""
     answer: list[int] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    """Those of the answer's tokens."""
     is_ended: bool = False
     """Whether the last token of the answer ends it."""
 
@@ -49,17 +62,23 @@ class Engine:
     """Answers prompts with a model; use it inside `serving`, and each step inside `torch.inference_mode`."""
 
     def __init__(self, model: torch.nn.Module, sampler: Sampler, *, slots: int, length: int) -> None:
-        """`length` is the most tokens of a prompt and its answer together."""
+        """`length` is the most tokens of a prompt and its answer together.
+
+        `sampler` chooses the tokens of requests that bring none of their own.
+        """
         self.sampler, self.slots, self.length = sampler, slots, length
         self.model = SlotModel(model, slots=slots, length=length)
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
         self._last = torch.empty(0, dtype=torch.int64, device=self.model.device)
 
-    def add(self, key: Any, prompt: list[int], *, row: int = 0) -> Request:
+    def add(
+        self, key: Any, prompt: list[int], *, row: int = 0, sampler: Sampler | None = None, likeliest: int | None = None
+    ) -> Request:
         """Queues a prompt (token ids); `row` decides what is drawn for it."""
-        room = min(self.sampler.config.new_tokens, self.length - len(prompt))
-        self.waiting.append(Request(key, prompt, room, self.sampler.uniforms(row)))
+        sampler = sampler or self.sampler
+        room = min(sampler.config.new_tokens, self.length - len(prompt))
+        self.waiting.append(Request(key, prompt, room, sampler, sampler.uniforms(row), likeliest))
         return self.waiting[-1]
 
     @property
@@ -110,11 +129,14 @@ class Engine:
 
     def _take(self, requests: list[Request], logits: Tensor) -> None:
         told = [len(request.answer) for request in requests]
-        tokens = self.sampler.choose(logits, told, [request.uniforms for request in requests])
+        samplers, uniforms = zip(*((request.sampler, request.uniforms) for request in requests), strict=True)
+        tokens = choose_each(samplers, logits, told, uniforms)
         self._last = torch.cat([self._last, tokens])
-        for request, token in zip(requests, tokens.tolist(), strict=True):
+        for index, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
             request.answer.append(token)
-            request.is_ended = token in self.sampler.end_ids
+            request.is_ended = token in request.sampler.end_ids
+            if request.likeliest is not None:
+                request.scores.append(_score(logits[index], token, request.likeliest))
 
     def _release(self) -> list[Request]:
         """Takes out what has ended; the last rows move to the slots that become free."""
@@ -127,3 +149,10 @@ class Engine:
             self.active.pop()
             self._last = self._last[:last]
         return done
+
+
+def _score(logits: Tensor, token: int, likeliest: int) -> Score:
+    """Returns the score of a token that was chosen by `logits` [vocabulary]."""
+    logprobs = logits.float().log_softmax(-1)
+    values, ids = logprobs.topk(min(likeliest, len(logprobs)))
+    return Score(float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))

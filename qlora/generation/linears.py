@@ -14,7 +14,6 @@ from torch.nn.functional import linear
 from qlora.quantization.bnb4.quantized_weight import decode_plain, read_quantized_weight
 from qlora.upstream.torch_models import weight_of
 
-ADAPTER = "default"
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same tensor."""
 
@@ -28,10 +27,16 @@ class _Group:
         self.rows, self.dtype = [len(weight) for weight in weights], dtype
         self.total = sum(self.rows)
         self.adapters = [module for module in modules if isinstance(module, LoraLayer)]
-        matrices = [_matrices(module, weight) for module, weight in zip(modules, weights, strict=True)]
-        # One matmul for the weights and all A matrices, one for all B matrices, whose blocks meet their own A alone.
-        self.weight = torch.cat([*weights, *(a for a, _ in matrices)])
-        self.b = torch.block_diag(*(b for _, b in matrices)) if self.adapters else None
+        # One matmul for the weights and all A matrices, one for all B matrices of an adapter, whose blocks meet their
+        # own A alone.
+        parts, end = [*weights], self.total
+        self.b: dict[str, tuple[slice, Tensor]] = {}
+        for name in dict.fromkeys(name for module in self.adapters for name in module.lora_A):
+            matrices = [_matrices(module, weight, name) for module, weight in zip(modules, weights, strict=True)]
+            parts += [a for a, _ in matrices]
+            begin, end = end, end + sum(len(a) for a, _ in matrices)
+            self.b[name] = slice(begin, end), torch.block_diag(*(b for _, b in matrices))
+        self.weight = torch.cat(parts)
         self.bias = _join_biases(layers, self.rows, self.weight)
         self.pending: tuple[Tensor, list[Tensor]] | None = None
 
@@ -49,21 +54,29 @@ class _Group:
     def compute(self, x: Tensor) -> list[Tensor]:
         """Returns the outputs of all members, each [..., rows]."""
         x = x if x.dtype == self.dtype else x.to(self.dtype)
-        if self.b is None or self.adapters[0].disable_adapters:
+        if (adapter := self._active) is None:
             joint = linear(x, self.weight[: self.total])
         else:
+            columns, b = self.b[adapter]
             joint = linear(x, self.weight)
-            joint = joint[..., : self.total] + linear(joint[..., self.total :], self.b)
+            joint = joint[..., : self.total] + linear(joint[..., columns], b)
         if self.bias is not None:
             joint = joint + self.bias
         return [joint] if len(self.rows) == 1 else list(joint.split(self.rows, dim=-1))
+
+    @property
+    def _active(self) -> str | None:
+        """The adapter that takes part; None: the bare weights compute."""
+        if not self.adapters or self.adapters[0].disable_adapters:
+            return None
+        return next((name for name in self.adapters[0].active_adapters if name in self.b), None)
 
 
 @contextlib.contextmanager
 def decoded_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, 4-bit layers and layers with plain adapters compute with weights in `dtype`; adapters stay apart.
 
-    An adapter that is switched off inside is not added.
+    An adapter that is switched off inside is not added; of several, the one that is active is.
     """
     groups = _group(model, dtype)
     try:
@@ -117,7 +130,7 @@ def _is_computable(module: nn.Module) -> bool:
     is_packed = read_quantized_weight(weight_of(layer)) is not None
     if not isinstance(module, LoraLayer):
         return is_packed
-    if list(module.lora_A) != [ADAPTER] or module.lora_variant or module.merged or module.lora_bias[ADAPTER]:
+    if not module.lora_A or module.lora_variant or module.merged or any(module.lora_bias.values()):
         return False
     return is_packed or weight_of(layer).is_floating_point()
 
@@ -131,12 +144,12 @@ def _decode(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return decoded.view(packed.rows, packed.columns)
 
 
-def _matrices(module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the A and the scaled B matrix of a layer's adapter; of a layer without one, those of rank 0."""
-    if not isinstance(module, LoraLayer):
+def _matrices(module: nn.Module, weight: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
+    """Returns the A and the scaled B matrix of a layer's adapter; of a layer without it, those of rank 0."""
+    if not (isinstance(module, LoraLayer) and adapter in module.lora_A):
         return weight[:0], weight.new_empty(len(weight), 0)
-    a, b = weight_of(module.lora_A[ADAPTER]), weight_of(module.lora_B[ADAPTER])
-    return a.detach().to(weight.dtype), (b.detach() * module.scaling[ADAPTER]).to(weight.dtype)
+    a, b = weight_of(module.lora_A[adapter]), weight_of(module.lora_B[adapter])
+    return a.detach().to(weight.dtype), (b.detach() * module.scaling[adapter]).to(weight.dtype)
 
 
 def _join_biases(layers: list[nn.Module], rows: list[int], like: Tensor) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,13 @@ class Sampler:
         target = chosen.to(cumulated.device)[:, None] * cumulated[:, -1:]
         return torch.searchsorted(cumulated, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """What decides how tokens are chosen: samplers of one kind choose alike from the same numbers."""
+        config = self.config
+        options = (config.temperature, config.top_k, config.top_p, config.typical_p) if config.do_sample else ()
+        return (config.do_sample, config.min_new_tokens or 0, *options, *self.end_ids)
+
     @property
     def _warpers(self) -> list[Any]:
         config, warpers = self.config, list[Any]()
@@ -64,3 +73,17 @@ class Sampler:
         if config.typical_p < 1:
             warpers.append(TypicalLogitsWarper(config.typical_p))
         return warpers
+
+
+def choose_each(
+    samplers: Sequence[Sampler], logits: Tensor, told: Sequence[int], uniforms: Sequence[np.ndarray]
+) -> Tensor:
+    """Returns the next tokens as `Sampler.choose` does, each chosen by the sampler of its row."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        kinds.setdefault(sampler.kind, []).append(row)
+    tokens = torch.empty(len(samplers), dtype=torch.int64, device=logits.device)
+    for rows in kinds.values():
+        part = logits if len(rows) == len(samplers) else logits[rows]
+        tokens[rows] = samplers[rows[0]].choose(part, [told[row] for row in rows], [uniforms[row] for row in rows])
+    return tokens

@@ -82,12 +82,10 @@ def serving(model: torch.nn.Module, dtype: torch.dtype, *, decoded: bool) -> Ite
 
 def unsupported_reason(model: torch.nn.Module, config: GenerationConfig) -> str | None:
     """Returns why slots do not serve a model or the options of `generation`; None: they do, as far as both tell."""
-    base, unset = _base_of(model), GenerationConfig()
+    base = _base_of(model)
     settings = base.config.get_text_config()
-    if read := [name for name in OTHER_SEARCHES if getattr(config, name) != getattr(unset, name)]:
-        return f"generation.{read[0]}={getattr(config, read[0])} is not computed there"
-    if not config.use_cache:
-        return "generation.use_cache=false"
+    if (reason := unsupported_option(config)) is not None:
+        return reason
     if kinds := set(getattr(settings, "layer_types", None) or []) - ATTENTIONS:
         return f"{settings.model_type} has layers of another kind ({', '.join(sorted(kinds))})"
     if not takes_any_attention(base):
@@ -97,6 +95,14 @@ def unsupported_reason(model: torch.nn.Module, config: GenerationConfig) -> str 
     if any(isinstance(parameter, DTensor) for parameter in base.parameters()):
         return "the model is sharded over processes"
     return None
+
+
+def unsupported_option(config: GenerationConfig) -> str | None:
+    """Returns which option of `generation` slots do not compute; None: they compute all."""
+    unset = GenerationConfig()
+    if read := [name for name in OTHER_SEARCHES if getattr(config, name) != getattr(unset, name)]:
+        return f"generation.{read[0]}={getattr(config, read[0])} is not computed there"
+    return None if config.use_cache else "generation.use_cache=false"
 
 
 def differs_reason(model: torch.nn.Module, dtype: torch.dtype) -> str | None:

@@ -30,6 +30,7 @@ FREE_KEYS = (
         "merge",
         "export",
         "verify",
+        "serve",
         "plan",
         "trainer.profile",
         "trainer.parallel",

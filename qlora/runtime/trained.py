@@ -15,7 +15,7 @@ from qlora.runtime.saved_run import STATUS_FILE, Status, read_status
 
 RUNS = Path("outputs/runs")
 """Where runs lie unless a command says otherwise."""
-TAKE_BASE = (TaskName.chat, TaskName.evaluate, TaskName.predict)
+TAKE_BASE = (TaskName.chat, TaskName.evaluate, TaskName.predict, TaskName.serve)
 """The tasks that do their work with an untuned base, too."""
 
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from qlora.adapters import adapter_off
 from qlora.config.schema import GenerationConfig
 from qlora.data.batching.row_encoder import RowEncoder
+from qlora.evaluation.answer_stream import Reply, Stream
 from qlora.evaluation.generation import (
     build_settings,
     community_code,
-    cut_at,
     end_token_ids,
     left_pad,
     own_settings_aside,
-    spelled_ends,
 )
 from qlora.evaluation.measure import evaluation_mode
 from qlora.generation.answering import Slots
@@ -32,72 +30,7 @@ from qlora.generation.engine import Engine
 from qlora.generation.linears import decoded_linears
 from qlora.generation.sampling import Sampler
 from qlora.generation.slot_model import serving
-from qlora.upstream.transformers import decode, generate
-
-
-class Reply(NamedTuple):
-    """An answer: its text, its tokens, and whether it came to its end, to the limit, or to Ctrl-C."""
-
-    text: str
-    tokens: int
-    finish: str
-    """`stop`, `length` or `interrupted`."""
-
-
-class Stream(BaseStreamer):
-    """Takes an answer's tokens as they come and shows their text, but for an end that the next token may change."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], stop_text: str, show: Callable[[str], None]
-    ) -> None:
-        self.tokenizer, self.end_ids, self.show = tokenizer, end_ids, show
-        self.stop_texts = [*spelled_ends(end_ids, tokenizer), *([stop_text] if stop_text else [])]
-        self.ids: list[int] = []
-        self.printed = ""
-        self._spoken = ""
-        self._asked = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Takes the tokens of a step; the first call brings the prompt."""
-        if self._asked:
-            self.take(value.flatten().tolist())
-        self._asked = True
-
-    def end(self) -> None:
-        """Does nothing: `close` shows the rest, after an interruption too."""
-
-    def take(self, ids: list[int]) -> None:
-        """Adds tokens and shows what they settle."""
-        self.ids += ids[: next((index + 1 for index, token in enumerate(ids) if token in self.end_ids), None)]
-        self._spoken = decode(self.tokenizer, self.ids, skip_special_tokens=True)
-        settled = self.text.rstrip("\ufffd")  # half a character
-        begun = max((_overlap(settled, stop) for stop in self.stop_texts), default=0)
-        self._show(settled[: len(settled) - begun].rstrip())
-
-    def close(self, *, interrupted: bool = False) -> Reply:
-        """Shows the rest and returns the answer."""
-        self._show(self.text)
-        tokens = len(self.ids) - self._ended
-        return Reply(self.text, tokens, "interrupted" if interrupted else "stop" if self.stops else "length")
-
-    def _show(self, text: str) -> None:
-        if len(text) > len(self.printed):
-            self.show(text[len(self.printed) :])
-            self.printed = text
-
-    @property
-    def text(self) -> str:
-        """What was said, up to the text of an end token, or to the one that opens the next question."""
-        return cut_at(self._spoken, self.stop_texts).strip()
-
-    @property
-    def stops(self) -> bool:
-        """Whether the answer has come to its end."""
-        return self._ended or any(stop in self._spoken for stop in self.stop_texts)
-
-    @property
-    def _ended(self) -> bool:
-        return bool(self.ids) and self.ids[-1] in self.end_ids
+from qlora.upstream.transformers import generate
 
 
 @dataclass(frozen=True)
@@ -188,11 +121,6 @@ class ChatModel:
         except KeyboardInterrupt:
             return stream.close(interrupted=True)
         return stream.close()
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of a text may begin `stop`."""
-    return next((size for size in range(len(stop), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def _stops(stream: Stream) -> Callable[..., torch.Tensor]:

@@ -73,8 +73,8 @@ def test_an_adapter_or_a_file_without_a_task_is_no_training(tmp_path: Path) -> N
         compose(["adapter=outputs/runs/a"])
     assert str(error.value) == (
         "adapter=outputs/runs/a is not read by task=train, but by task=chat, task=evaluate, task=predict, task=merge, "
-        "task=export, task=verify and task=push; add one of these, write lora.start=outputs/runs/a to train it "
-        "further, or leave adapter out"
+        "task=export, task=verify, task=push and task=serve; add one of these, write lora.start=outputs/runs/a to "
+        "train it further, or leave adapter out"
     )
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nfrom: axolotl.yaml\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -280,3 +281,53 @@ def test_a_slot_model_reads_a_prompt_behind_rows_that_go_on() -> None:
     with torch.inference_mode():
         expected = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in ([8, 9], [5, 6, 7, 10], [8, 9, 11])]
     torch.testing.assert_close(torch.stack([late[0], both[0], both[1]]), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_each_row_is_chosen_by_its_own_sampler_and_scored_before_it() -> None:
+    model = randomised(build("llama")).eval()
+    asked, likely = prompts(4), GenerationConfig(max_new_tokens=6, batch_size=4)
+    hot = GenerationConfig(max_new_tokens=5, do_sample=True, temperature=3.0, top_k=0)
+    samplers = [Sampler(hot, [], 3), None, Sampler(hot, [], 4), Sampler(replace(hot, top_k=1), [], 5)]
+    engine = Engine(model, Sampler(likely, [END]), slots=4, length=30)
+    requests = [engine.add(index, prompt, sampler=sampler, likeliest=2 if index < 2 else None)
+                for index, (prompt, sampler) in enumerate(zip(asked, samplers, strict=True))]  # fmt: skip
+    with torch.inference_mode(), serving(model, torch.float32, decoded=False):
+        assert len([*engine.answers()]) == 4
+    sampled, greedy, other, forced = (request.answer for request in requests)
+    assert sampled == answers(model, asked[:1], hot, seed=3, ends=[])[0]
+    assert other == answers(model, [asked[2]], hot, seed=4, ends=[])[0]
+    assert greedy == alone(model, asked[1], 6)
+    assert forced == alone(model, asked[3], 5, ends=[-1])
+    assert not requests[2].scores
+    for request in requests[:2]:
+        ids = torch.tensor([[*request.prompt, *request.answer]])
+        with torch.inference_mode():
+            logprobs = model(ids).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
+        for row, token, score in zip(logprobs, request.answer, request.scores, strict=True):
+            assert score.logprob == pytest.approx(float(row[token]), abs=1e-3)
+            assert [token for token, _ in score.likeliest] == row.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_of_several_adapters_the_active_one_is_added(targets: Any) -> None:
+    model = adapted("qwen2", target_modules="all-linear")
+    model.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B.other" in name:
+            parameter.data.normal_(0, 0.2)
+    ids = torch.tensor([[5, 77, 900, 31, 8]])
+
+    def outputs() -> list[Tensor]:
+        told = []
+        for name in ("default", "other", "default"):
+            model.set_adapter(name, inference_mode=True)
+            told.append(model(input_ids=ids).logits)
+        with model.disable_adapter():
+            return [*told, model(input_ids=ids).logits]
+
+    with torch.inference_mode():
+        expected = outputs()
+        with decoded_linears(model.eval(), torch.float32):
+            actual = outputs()
+    assert all(distance(*pair) < 1e-5 for pair in zip(actual, expected, strict=True))
+    assert distance(expected[0], expected[1]) > 1e-3

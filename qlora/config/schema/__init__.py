@@ -32,6 +32,7 @@ from qlora.config.schema.quantization import (
     QuantType,
 )
 from qlora.config.schema.root import Config, Device, Resume, SameBase, is_folder_name, named_functions, no_cuda
+from qlora.config.schema.serve import ServeConfig
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, SweepMethod, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig, WandbMode
@@ -91,6 +92,7 @@ __all__ = [
     "Reference",
     "Resume",
     "SameBase",
+    "ServeConfig",
     "SweepConfig",
     "SweepMethod",
     "TaskConfig",

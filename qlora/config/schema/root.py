@@ -38,6 +38,7 @@ from qlora.config.schema.merge import MergeConfig
 from qlora.config.schema.model import ModelConfig
 from qlora.config.schema.plan import PlanConfig
 from qlora.config.schema.quantization import ExpertsBits, ExpertsOffload, QuantizationConfig
+from qlora.config.schema.serve import ServeConfig
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig
@@ -85,9 +86,9 @@ class Config:
     generation: GenerationConfig = MISSING
     tracking: TrackingConfig = MISSING
     adapter: str | None = None
-    """What to evaluate, predict, chat with, merge, export, verify or push: a folder of an adapter, of a merged model or
-    of a finished run, whose settings the task takes, or `none` for the untuned base. Unset: the adapter in this run's
-    own folder (`hydra.run.dir=FOLDER`), else the base that the command names."""
+    """What to evaluate, predict, chat with, serve, merge, export, verify or push: a folder of an adapter, of a merged
+    model or of a finished run, whose settings the task takes, or `none` for the untuned base. Unset: the adapter in
+    this run's own folder (`hydra.run.dir=FOLDER`), else the base that the command names."""
     base: SameBase = SameBase.auto
     """What happens where the base has other weights than the one that an adapter, or the resumed run, was trained on:
     `auto` refuses them, `force` accepts them with a warning."""
@@ -109,6 +110,7 @@ class Config:
     merge: MergeConfig = MISSING
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     plan: PlanConfig = MISSING
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

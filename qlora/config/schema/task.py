@@ -29,6 +29,7 @@ class TaskName(StrEnum):
     board = auto()
     export = auto()
     verify = auto()
+    serve = auto()
 
     @property
     def trains(self) -> bool:
@@ -68,6 +69,7 @@ TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
         TaskName.export,
         TaskName.verify,
         TaskName.push,
+        TaskName.serve,
     ),
     "repo": (TaskName.push,),
     "runs": (TaskName.report,),
@@ -89,7 +91,7 @@ class TaskConfig:
 
     name: TaskName = MISSING
     """`train`, `evaluate`, `predict`, `preview`, `chat`, `merge`, `push`, `report`, `plan`, `doctor`, `migrate`,
-    `replay`, `wandb_sweep`, `board`, `export` or `verify`; chosen with `task=`."""
+    `replay`, `wandb_sweep`, `board`, `export`, `verify` or `serve`; chosen with `task=`."""
     train: bool = True
     """Train the model (`task=train` only; the original's `--do_train`)."""
     evaluate: bool = True

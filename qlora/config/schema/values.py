@@ -11,6 +11,7 @@ MAPPINGS = {
     "trainer.optim_args": "{momentum: 0.9}",
     "trainer.lr_scheduler_kwargs": "{num_decay_steps: 100}",
     "loss.options": "{smoothing: 0.1}",
+    "serve.adapters": "{poet: outputs/runs/poet}",
     "model.architecture.options": "{linear_num_value_heads: 16}",
 }
 """An example of the mapping that a key takes, where one says more than `{a: 1}`."""

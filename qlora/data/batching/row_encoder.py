@@ -168,6 +168,10 @@ class RowEncoder:
         """
         return self._ask(Conversation(list(messages), None))[1]
 
+    def encode_text(self, text: str, *, begins: bool = True) -> list[int]:
+        """Returns the ids of a text as a row without a template begins, uncut; `begins` puts the begin token first."""
+        return [*(self.bos if begins else []), *self._ids([text], plain=True)[0]]
+
     def encode_question(self, example: Example) -> Encoded:
         """Encodes an example up to where the model answers; raises `DataError` as `encode` does."""
         if isinstance(example, Conversation):
