@@ -365,13 +365,13 @@ def test_what_cannot_be_served_is_said_before_weights_are_read(
     runs: dict[str, Path], tmp_path: Path, overrides: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qlora.models.loading.load_base", None)
-    places = {name: tmp_path / name for name in ("empty", "biased", "whole", "foreign")} | runs
-    places["empty"].mkdir()
-    changed(runs["other"], places["biased"], bias="all")
-    changed(runs["other"], places["whole"], modules_to_save=["lm_head"])
-    base = changed(runs["other"], places["foreign"]) / "adapter/base.json"
+    folders = {name: tmp_path / name for name in ("empty", "biased", "whole", "foreign")} | runs
+    folders["empty"].mkdir()
+    changed(runs["other"], folders["biased"], bias="all")
+    changed(runs["other"], folders["whole"], modules_to_save=["lm_head"])
+    base = changed(runs["other"], folders["foreign"]) / "adapter/base.json"
     base.write_text(base.read_text().replace("weights-1:", "weights-1:0"))
-    for name, folder in places.items():
+    for name, folder in folders.items():
         overrides, sentence = (
             overrides.replace(f"{{{name}}}", str(folder)),
             sentence.replace(f"{{{name}}}", str(folder)),
