@@ -23,7 +23,8 @@ from starlette.types import Receive, Scope, Send
 from qlora.errors import did_you_mean
 from qlora.serving.access import Access
 from qlora.serving.answers import DONE, Form, event
-from qlora.serving.asked import Asked, Fields, read_chat, read_completion, read_messages
+from qlora.serving.asked import Asked, read_chat, read_completion, read_messages
+from qlora.serving.fields import Fields
 from qlora.serving.refusal import Refusal
 from qlora.serving.served_model import ServedModel
 from qlora.serving.worker import Job, Part, Worker

@@ -118,8 +118,7 @@ def _packing(config: DataConfig, data: Data) -> str:
     if data.packed is not None:
         return f"{plural(data.report.packs, 'pack')}, {format_percent(data.report.packed_share or 0)} full"
     budget = config.pack_length or config.longest_row
-    assert data.train is not None
-    lengths = column(data.train, "length")
+    lengths = data.lengths
     if budget is None or lengths.max() > budget:
         budget = int(lengths.max())
     packs = pack(lengths, budget)

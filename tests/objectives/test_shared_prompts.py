@@ -11,13 +11,14 @@ from datasets import Dataset
 from torch import Tensor
 
 from qlora import adapters
-from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCollator
+from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCollator, count_work
 from qlora.data.batching.packing import PackedRows
 from qlora.data.batching.shared_prompts import count_shared
 from qlora.objectives.protocol import SHARED_ROWS
 from qlora.step.fast_step import FastStep
 from qlora.step.kernels import shared_prompts
 from qlora.step.part import ON, Packs
+from qlora.training.batches import COUNTS, SAVED, TARGETS, WEIGHTS, CountingCollator
 from qlora.upstream.transformers_model import mixes_by_attention_alone
 from tests.objectives.test_answer_losses import PLACEMENT, composed, objective, step_of
 from tests.step.test_special_attention import KINDS, build
@@ -160,3 +161,14 @@ def test_layers_that_show_a_token_to_the_next_by_other_means_than_attention_shar
     step.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     learn(model, step, batch)
     assert seen == [batch["input_ids"].shape[1]]
+
+
+def test_both_answers_count_with_their_prompt_and_what_is_computed_is_known() -> None:
+    loss = objective("loss=orpo")
+    counted = [
+        CountingCollator(collate, lambda batch: count_work(batch, 0), loss, PAIRS[0])(PAIRS[:3])
+        for collate in (SidesCollator(0), SharedPromptsCollator(0))
+    ]
+    for name in (COUNTS, TARGETS, WEIGHTS):
+        assert np.array_equal(counted[0][name], counted[1][name])
+    assert [micro[SAVED] for micro in counted] == [0, 6 + 1 + 4 + 2]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qlora.config.schema import GenerationConfig
-from qlora.serving.asked import ONLY, UNREAD, Asked, Sampling, read_chat, read_completion
+from qlora.serving.asked import Asked, Sampling, read_chat, read_completion
+from qlora.serving.fields import ONLY, UNREAD
 from qlora.serving.refusal import Refusal
 from qlora.serving.served_model import _chosen as chosen
 
