@@ -14,7 +14,7 @@ from qlora.objectives import build_objective
 from qlora.objectives.linear_cross_entropy import LinearCrossEntropy
 from qlora.step.parts import loss as part
 from qlora.step.parts.loss import before_labels
-from qlora.training.batches import COUNTS, TARGETS, CountingCollator, split, take_targets
+from qlora.training.batches import COUNTS, SAVED, TARGETS, CountingCollator, split, take_targets
 from tests.objectives.test_objectives import FAST, train
 from tests.step.test_fast import batch, build, build_step, learn
 
@@ -137,7 +137,7 @@ def test_the_collator_counts_labels_by_row_and_parts_of_a_batch_keep_theirs() ->
     rows = [{"input_ids": [1, 2, 3], "labels": labels} for labels in ([-100, 2, 3], [-100, -100, 3], [-100] * 3)]
     collator = CountingCollator(collate, lambda batch: (9, 18), build_objective(LossConfig()), rows[2])
     counted = collator(rows)
-    assert counted.pop(COUNTS) == (9, 18)
+    assert (counted.pop(COUNTS), counted.pop(SAVED)) == ((9, 18), 0)
     assert isinstance(counted[TARGETS], np.ndarray)  # on the host, wherever the batch goes
     tensors, count = take_targets(counted)
     assert (tensors.keys(), count) == ({"input_ids", "labels"}, 3)
