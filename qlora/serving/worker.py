@@ -97,6 +97,8 @@ class Worker:
         self.engines: dict[str, Engine] = {}
         self.jobs: set[Job] = set()
         self.answers, self.tokens = 0, 0
+        self.failure: str | None = None
+        """Why the thread has ended by itself."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
@@ -139,7 +141,7 @@ class Worker:
         except Exception as error:
             log.error("the thread that answers has ended: %s", _describe(error))
             log.debug("where it ended", exc_info=True)
-            reason = f"the model cannot answer any more: {_describe(error)}"
+            reason = self.failure = f"the model cannot answer any more: {_describe(error)}"
         finally:
             self._closing = True
             self._fail(list(self.jobs), reason)
@@ -171,7 +173,8 @@ class Worker:
         if job in self.jobs:
             self.jobs.remove(job)
             if job.request is not None:
-                self.engines[job.model.name].cancel(job.request)
+                with torch.inference_mode():  # another row may move to its slot
+                    self.engines[job.model.name].cancel(job.request)
 
     def _step(self, name: str, engine: Engine) -> None:
         """Makes a step of one engine and sends what came of it."""

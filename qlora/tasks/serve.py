@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.config.paths import short_path
 from qlora.config.schema import Config
+from qlora.errors import RunError
 from qlora.runtime import console
 from qlora.runtime.needs import Needs
 from qlora.runtime.task_result import TaskResult
@@ -38,7 +39,8 @@ def run(job: TaskJob) -> TaskResult:
     with serving(job) as endpoint, signals() as ended:
         console.say(f"serving {', '.join(endpoint.service.models)} on {endpoint.url}; Ctrl-C ends it")
         while not ended.wait(0.2):
-            pass
+            if (reason := endpoint.service.worker.failure) is not None:
+                raise RunError(f"task=serve: {reason}; start it again")
         console.say("ending")
     answers, tokens = endpoint.service.worker.answers, endpoint.service.worker.tokens
     console.say(f"{plural(answers, 'answer')} of {plural(tokens, 'token')}")

@@ -17,8 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.config.compose import compose
+from qlora.config.schema import GenerationConfig
 from qlora.errors import UserError
+from qlora.generation.sampling import Sampler
 from qlora.run import Run
+from qlora.serving.worker import Job, Part
 from qlora.tasks import build_job
 from qlora.tasks.serve import Endpoint, serving
 
@@ -225,6 +228,30 @@ def test_a_client_that_hangs_up_frees_its_slot(endpoint: Endpoint, client: Any, 
     assert not any(engine.active or engine.waiting for engine in worker.engines.values())
     ends += kept
     assert said(client, "mine")
+
+
+def test_a_row_that_is_given_up_leaves_the_others_as_they_are(endpoint: Endpoint) -> None:
+    worker, model = endpoint.service.worker, endpoint.service.models["mine"]
+    sampler = Sampler(GenerationConfig(max_new_tokens=40), [])
+
+    def begun(prompt: list[int], parts: list[Part], tokens: int) -> Job:
+        job = Job(model, prompt, sampler, parts.append)
+        worker.submit(job)
+        until(lambda: job.request is not None and len(job.request.answer) >= tokens)
+        return job
+
+    def ended(parts: list[Part]) -> str:
+        until(lambda: parts and parts[-1].finish)
+        return "".join(part.text for part in parts)
+
+    alone, beside = list[Part](), list[Part]()
+    begun([8, 9], alone, 1)
+    expected = ended(alone)
+    first = begun([5, 6, 7], [], 1)
+    begun([8, 9], beside, 3)
+    worker.cancel(first)  # and the other row moves to its slot
+    assert ended(beside) == expected
+    assert worker.failure is None
 
 
 def post(endpoint: Endpoint, path: str, body: Any, method: str = "POST", **headers: str) -> tuple[int, Any]:
