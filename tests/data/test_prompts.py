@@ -77,6 +77,7 @@ CASES = {
     "human-bot": ([{"text": "<human>: What is a fjord?\n<bot>: An inlet."}], ["What is a fjord?"]),
     "segments": ([{"segments": [["Q: a\nA:", False], [" b", True], [" c", False]]}], ["Q: a\nA:"]),
     "chosen": ([{"instruction": ASKED, "chosen": "An inlet.", "rejected": "No."}], [ASKED]),
+    "scored": ([{"prompt": ASKED, "completions": ["No.", "An inlet."], "scores": [1, 9]}], [ASKED]),
     "messages": ([{"messages": TURNS}], ["What is a fjord?"]),
     "conversations": ([{"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}], ["a?"]),
     "inst": ([{"text": "<s>[INST] a? [/INST] b </s>"}], ["a?"]),

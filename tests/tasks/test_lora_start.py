@@ -66,7 +66,7 @@ def test_what_is_no_adapter_says_what_is_one(tmp_path: Path) -> None:
 
 
 def test_adapter_in_a_training_run_names_the_tasks_and_lora_start() -> None:
-    tasks = "task=chat, task=evaluate, task=merge, task=predict, task=push and task=serve"
+    tasks = "task=chat, task=evaluate, task=predict, task=merge, task=export, task=verify, task=push and task=serve"
     with pytest.raises(ConfigError, match=rf"adapter=x is not read by task=train, but by {tasks}; add one of these, "
                                           r"write lora.start=x to train it further, or leave adapter out"):  # fmt: skip
         compose(["adapter=x"])

@@ -6,7 +6,7 @@ from qlora.config.registries.installed import installed_names
 
 FORMAT_NAMES = (
     *("auto", "alpaca", "input-output", "prompt-completion", "question-answer", "messages", "conversations"),
-    *("chosen", "human-bot", "inst", "guanaco", "self-instruct-tasks", "unnatural", "segments", "text"),
+    *("chosen", "scored", "human-bot", "inst", "guanaco", "self-instruct-tasks", "unnatural", "segments", "text"),
     "alpaca-newline",
 )
 """The formats of this package, which `qlora.data.formats.renderers` renders."""
