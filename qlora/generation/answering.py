@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 ROOM = 2
 """How many times the memory of decoded weights must be free."""
+_reasons: WeakKeyDictionary[torch.nn.Module, dict[tuple[str, torch.dtype], str | None]] = WeakKeyDictionary()
+"""Why slots do not serve a model, by what it was asked with: it is tried once, not at each evaluation of a run."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,21 @@ class Slots:
             return "generation.loop=transformers"
         if loop is Loop.auto and self.device.type != "cpu":
             return "auto takes slots on a CPU only"
-        reason = unsupported_reason(model, self.config)
-        if reason is None:
-            with torch.inference_mode(), self.autocast():
-                reason = differs_reason(model, self.dtype)
+        reasons, key = _reasons.setdefault(model, {}), (repr(self.config), self.dtype)
+        if key not in reasons:
+            reasons[key] = self._find_reason(model)
+        reason = reasons[key]
         if reason is not None and loop is Loop.slots:
             raise ConfigError(
                 f"generation.loop=slots cannot answer with this model: {reason}; set generation.loop=auto"
             )
         return reason
+
+    def _find_reason(self, model: torch.nn.Module) -> str | None:
+        if (reason := unsupported_reason(model, self.config)) is not None:
+            return reason
+        with torch.inference_mode(), self.autocast():
+            return differs_reason(model, self.dtype)
 
     def serving(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Returns the context in which an `Engine` answers."""

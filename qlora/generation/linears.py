@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from qlora.quantization.bnb4.quantized_weight import decode_plain, read_quantized_weight
+from qlora.step.parts.fused_linear import SAME_INPUT
 from qlora.upstream.torch_models import weight_of
-
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Children of one module that read the same tensor."""
 
 
 class _Group:

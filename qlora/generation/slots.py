@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_utils import AttentionInterface
 
+from qlora.step.kernels.attention import attend_plain
+
 NAME = "qlora_slots"
 """The name under which transformers finds the attention over slots."""
 
@@ -136,20 +138,15 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: _K
 
 def _prefill(query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
     """Returns the attention of one row, [1, tokens, heads, width]."""
-    heads, tokens, groups = query.shape[1], query.shape[2], key.shape[1]
+    tokens, is_grouped = query.shape[2], query.shape[1] != key.shape[1]
     if kind.softcap is None and kind.sinks is None and (kind.window is None or tokens <= kind.window):
         output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=kind.scaling, enable_gqa=heads != groups
+            query, key, value, is_causal=True, scale=kind.scaling, enable_gqa=is_grouped
         )
         return output.transpose(1, 2)
-    grouped = query.reshape(1, groups, -1, tokens, query.shape[3])
-    index = torch.arange(tokens, device=query.device)
-    distance = index[:, None] - index
-    unseen = (distance < 0) | (distance >= (kind.window or tokens))
-    scores = kind.scores(grouped @ key[:, :, None].transpose(3, 4)).masked_fill(unseen, -torch.inf)
-    sinks = None if kind.sinks is None else kind.sinks.view(groups, -1, 1, 1)
-    output = _softmax(scores, sinks).to(value.dtype) @ value[:, :, None]
-    return output.view(1, heads, tokens, -1).transpose(1, 2)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    row = torch.tensor([0, tokens])
+    return attend_plain(q, k, v, row, kind.scaling, window=kind.window, softcap=kind.softcap, sinks=kind.sinks)[None]
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -228,6 +228,14 @@ def test_a_model_whose_logits_differ_over_slots_is_left_to_transformers() -> Non
     assert "away from its own" in reason
 
 
+def test_a_model_is_tried_once_for_all_evaluations_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tried = randomised(build("llama")).eval(), list[Any]()
+    monkeypatch.setattr("qlora.generation.answering.differs_reason", lambda *arguments: tried.append(arguments))
+    for config in (GenerationConfig(), GenerationConfig(), GenerationConfig(max_new_tokens=3)):
+        assert Slots(config, CPU, torch.float32, compose_autocast).unsupported_reason(model) is None
+    assert len(tried) == 2
+
+
 def test_batches_are_given_whole_with_their_answers_in_order() -> None:
     model = randomised(build("llama")).eval()
     config = GenerationConfig(max_new_tokens=7, batch_size=4)
