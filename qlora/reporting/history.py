@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,11 @@ def with_base(measured: dict[str, Curve], base: Mapping[str, float]) -> dict[str
         if name.startswith("eval_") and value is not None and math.isfinite(value) and 0 not in curve.steps:
             result[name] = Curve([0, *curve.steps], [value, *curve.values], [0, *curve.tokens])
     return result
+
+
+def held_out_loss(names: Container[str]) -> str:
+    """Returns the metric that is the training loss of held-out rows; one over answers is not the loss of tokens."""
+    return "eval_preference_loss" if "eval_preference_loss" in names else "eval_loss"
 
 
 def curve_title(name: str) -> tuple[str, str]:

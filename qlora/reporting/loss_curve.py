@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from qlora.reporting.history import Series, series
+from qlora.reporting.history import Series, held_out_loss, series
 from qlora.reporting.png import FAINT, GRID, INK, new_figure, save_figure
 
 TRAIN, HELD_OUT, RATE = "#2f6fb0", "#d1495b", "#5b7c65"
@@ -26,10 +26,12 @@ def plot_loss(history: list[dict[str, Any]], path: Path) -> None:
     `history` is the trainer's `state.log_history`. Entries without a number are left out. An empty history gives a
     picture that says so.
     """
-    training, held_out = series(history, "loss"), series(history, "eval_loss")
+    measured = held_out_loss({name for entry in history for name in entry})
+    training, held_out = series(history, "loss"), series(history, measured)
     rate = series(history, "learning_rate")
     figure = new_figure(8, 5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    _dress(top, "loss (nats per token)" if measured == "eval_loss" else "loss")
     _draw_losses(top, training, held_out)
     _draw_rate(bottom, rate)
     save_figure(figure, path)
@@ -48,7 +50,6 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
 
 
 def _draw_losses(axes: Axes, training: Series, held_out: Series) -> None:
-    _dress(axes, "loss (nats per token)")
     steps, values = training
     many = len(values) >= SMOOTH_FROM
     if values:

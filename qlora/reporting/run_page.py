@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from qlora.reporting.answers import intact, read_answers
 from qlora.reporting.examples import read_examples
-from qlora.reporting.history import Curve, curves, read_history, with_base
+from qlora.reporting.history import Curve, curves, held_out_loss, read_history, with_base
 from qlora.reporting.kept import kept_lines
 from qlora.reporting.rendering import (
     chart,
@@ -145,10 +145,13 @@ def _charts(measured: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[d
     thinned = {name: curve.thin(POINTS) for name, curve in measured.items()}
     legend = [group("training", hue=0), group("held out", hue=1)]
     losses = [line(0, thinned["loss"])] if "loss" in thinned else []
-    losses += [line(1, thinned["eval_loss"], smooth=False)] if "eval_loss" in thinned else []
+    held_out = held_out_loss(thinned)
+    losses += [line(1, thinned[held_out], smooth=False)] if held_out in thinned else []
     charts = [chart("loss", losses, "loss")] if losses else []
+    if charts and held_out != "eval_loss":
+        charts[0]["unit"] = ""  # not nats of a token
     for name, curve in thinned.items():
-        if name not in ("loss", "eval_loss"):
+        if name not in ("loss", held_out):
             charts.append(chart(name, [line(int(name.startswith("eval_")), curve)]))
     lines = [curve for item in charts for curve in item["lines"]]
     used = sorted({curve["group"] for curve in lines})

@@ -1,6 +1,7 @@
 """The picture of a run's loss, for few and many points."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,18 @@ def test_a_repeated_step_counts_once_and_values_without_number_are_left_out() ->
     history = [{"step": 2, "loss": 5.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]
     history += [{"step": 3, "loss": float("nan")}, {"step": 4, "eval_loss": 1.0}]
     assert series(history, "loss") == ([1, 2], [4.0, 3.0])
+
+
+def test_a_loss_over_answers_is_drawn_with_that_of_held_out_rows_and_not_with_the_loss_of_their_tokens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plotted: list[Any] = []
+    monkeypatch.setattr(loss_curve, "_draw_losses", lambda axes, *curves: plotted.append((axes.get_ylabel(), *curves)))
+    tokens = [{"step": 1, "loss": 0.7}, {"step": 2, "eval_loss": 0.6}]
+    loss_curve.plot_loss(tokens, tmp_path / "tokens.png")
+    answers = [*tokens, {"step": 2, "eval_loss": 0.6, "eval_preference_loss": 0.3}]
+    loss_curve.plot_loss(answers, tmp_path / "answers.png")
+    assert [(label, curve[1]) for label, _, curve in plotted] == [("loss (nats per token)", [0.6]), ("loss", [0.3])]
 
 
 def test_smoothing_keeps_a_constant_and_averages_its_neighbourhood() -> None:
