@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora.quantization.bnb4.quantized_weight import BLOCK, QuantizedWeight
+from qlora.upstream.triton import cdiv, cheap_launch, next_power_of_2
 
 BLOCKS = 128
 """Blocks of 64 weights that one program of `decode_rows` decodes."""
@@ -36,6 +37,7 @@ def _decode(packed, absmax, codebook, nested_codebook, nested_absmax, nested_off
     return tl.interleave(first, second) * scale[:, None]
 
 
+@cheap_launch
 @triton.jit
 def _rows_kernel(
     packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, weight_scale, out, columns, stride, blocks,
@@ -51,6 +53,7 @@ def _rows_kernel(
     tl.store(out + offset[:, None] + tl.arange(0, 64)[None, :], decoded.to(out.dtype.element_ty), mask=mask[:, None])
 
 
+@cheap_launch
 @triton.jit
 def _columns_kernel(
     packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, weight_scale, out, rows, columns, stride,
@@ -68,6 +71,7 @@ def _columns_kernel(
     tl.store(target, tl.trans(decoded.to(out.dtype.element_ty)), mask=mask[None, :])
 
 
+@cheap_launch
 @triton.jit
 def _experts_kernel(
     packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, weight_scale, out, columns, blocks,
@@ -88,6 +92,7 @@ def _experts_kernel(
     tl.store(out + offset[:, None] + tl.arange(0, 64)[None, :], decoded.to(out.dtype.element_ty), mask=mask[:, None])
 
 
+@cheap_launch
 @triton.jit
 def _turned_experts_kernel(
     packed, absmax, codebook, nested_codebook, nested_absmax, nested_offset, weight_scale, out, rows, columns,
@@ -111,6 +116,7 @@ def _turned_experts_kernel(
     tl.store(target, tl.trans(decoded.to(out.dtype.element_ty)), mask=mask[None, :])
 
 
+@cheap_launch
 @triton.jit
 def _scale_kernel(x, out, scales, columns, stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -127,7 +133,7 @@ def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    width = triton.next_power_of_2(columns)
+    width = next_power_of_2(columns)
     warps = min(max(width // 1024, 4), 16)
     _scale_kernel[(rows,)](x, out, scales, columns, x.stride(0), WIDTH=width, num_warps=warps)
     return out, scales
@@ -136,7 +142,7 @@ def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def decode_rows(weight: QuantizedWeight, out: Tensor, weight_scale: Tensor | None = None) -> None:
     """Writes the weight, times `weight_scale` [1], to `out` [rows, columns], whose rows may have gaps between them."""
     blocks = weight.rows * weight.columns // BLOCK
-    grid = (triton.cdiv(blocks, BLOCKS),)
+    grid = (cdiv(blocks, BLOCKS),)
     _rows_kernel[grid](
         *weight.tensors(), weight_scale, out, weight.columns, out.stride(0), blocks,
         NESTED=weight.is_nested, SCALED=weight_scale is not None, BLOCKS=BLOCKS,
@@ -145,7 +151,7 @@ def decode_rows(weight: QuantizedWeight, out: Tensor, weight_scale: Tensor | Non
 
 def decode_columns(weight: QuantizedWeight, out: Tensor, weight_scale: Tensor | None = None) -> None:
     """Writes the transposed weight, times `weight_scale` [1], to `out` [columns, rows]."""
-    grid = (triton.cdiv(weight.rows, TILE), weight.columns // BLOCK)
+    grid = (cdiv(weight.rows, TILE), weight.columns // BLOCK)
     _columns_kernel[grid](
         *weight.tensors(), weight_scale, out, weight.rows, weight.columns, out.stride(0),
         NESTED=weight.is_nested, SCALED=weight_scale is not None, TILE=TILE,
@@ -162,10 +168,10 @@ def decode_experts(tensors: Sequence[Tensor], out: Tensor, weight_scale: Tensor 
     options = {"NESTED": tensors[1].dtype is torch.uint8, "SCALED": weight_scale is not None}
     if out.stride(2) == 1:
         blocks = rows * columns // BLOCK
-        _experts_kernel[(triton.cdiv(blocks, BLOCKS), experts)](
+        _experts_kernel[(cdiv(blocks, BLOCKS), experts)](
             *tensors, weight_scale, out, columns, blocks, *out.stride()[:2], BLOCKS=BLOCKS, **options
         )
     else:
-        _turned_experts_kernel[(triton.cdiv(rows, TILE), columns // BLOCK, experts)](
+        _turned_experts_kernel[(cdiv(rows, TILE), columns // BLOCK, experts)](
             *tensors, weight_scale, out, rows, columns, *out.stride(), TILE=TILE, **options
         )

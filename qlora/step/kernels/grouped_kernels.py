@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora.upstream.triton import cdiv, cheap_launch, next_power_of_2
+
 ROWS, COLUMNS, ORDER = 128, 256, 8
 """The tile of a matmul, and how many row tiles share the columns of a weight while these are in the cache."""
 DEPTH_BYTES = 128
@@ -35,6 +37,7 @@ def _find_tile(offsets, tile, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr
     return expert, row, tl.sum(tl.where(is_mine, end, 0), 0), tile < tl.sum(count, 0)
 
 
+@cheap_launch
 @triton.jit
 def _matmul_kernel(
     x, source, weight, xa, b, scale, out, offsets, experts, columns, depth, x_stride, expert_stride, column_stride,
@@ -90,6 +93,7 @@ def _matmul_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
+@cheap_launch
 @triton.jit
 def _low_rank_kernel(
     x, source, a, out, offsets, experts, depth, x_stride, expert_stride, rank_stride, depth_stride,
@@ -119,6 +123,7 @@ def _low_rank_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=is_row[:, None])
 
 
+@cheap_launch
 @triton.jit
 def _sum_kernel(
     low_rank, x, source, out, offsets, columns, x_stride, expert_stride, rank_stride, column_stride,
@@ -144,6 +149,7 @@ def _sum_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=is_column[None, :])
 
 
+@cheap_launch
 @triton.jit
 def _combine_kernel(rows, positions, out, columns, PICKS: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
@@ -170,16 +176,16 @@ def matmul(
     """As `grouped.matmul_plain`, into `out` [rows, columns]."""
     (rows, columns), (experts, _, depth) = out.shape, weight.shape
     step = DEPTH_BYTES // x.element_size()
-    high = min(ROWS, max(16, triton.next_power_of_2(rows)))
-    width = min(COLUMNS, max(16, triton.next_power_of_2(columns)))
-    step = min(step, max(32 if x.element_size() == 1 else 16, triton.next_power_of_2(depth)))
-    tiles = triton.cdiv(rows, high) + experts
+    high = min(ROWS, max(16, next_power_of_2(rows)))
+    width = min(COLUMNS, max(16, next_power_of_2(columns)))
+    step = min(step, max(32 if x.element_size() == 1 else 16, next_power_of_2(depth)))
+    tiles = cdiv(rows, high) + experts
     b_strides = (0, 0, 0) if b is None else b.stride()
-    _matmul_kernel[(tiles * triton.cdiv(columns, width),)](
+    _matmul_kernel[(tiles * cdiv(columns, width),)](
         x, source, weight, xa, b, scale, out, offsets, experts, columns, depth, x.stride(0), *weight.stride(),
         out.stride(0), *b_strides, RANK=0 if xa is None else xa.shape[1], GATHERED=source is not None,
         SCALED=scale is not None, ROWS=high, COLUMNS=width, DEPTH=step, ORDER=ORDER,
-        EXPERTS=triton.next_power_of_2(experts), EVEN=depth % step == 0, EVEN_COLUMNS=columns % width == 0, num_warps=8,
+        EXPERTS=next_power_of_2(experts), EVEN=depth % step == 0, EVEN_COLUMNS=columns % width == 0, num_warps=8,
         num_stages=4 if x.element_size() == 2 else 3,
     )  # fmt: skip
 
@@ -187,17 +193,17 @@ def matmul(
 def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, out: Tensor) -> None:
     """As `grouped.multiply_low_rank`, into `out` [rows, rank]."""
     rows, (experts, rank, depth) = len(out), a.shape
-    _low_rank_kernel[(triton.cdiv(rows, LOW_RANK_ROWS) + experts,)](
+    _low_rank_kernel[(cdiv(rows, LOW_RANK_ROWS) + experts,)](
         x, source, a, out, offsets, experts, depth, x.stride(0), *a.stride(),
         RANK=rank, GATHERED=source is not None, ROWS=LOW_RANK_ROWS, DEPTH=LOW_RANK_DEPTH,
-        EXPERTS=triton.next_power_of_2(experts), num_warps=4, num_stages=3,
+        EXPERTS=next_power_of_2(experts), num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
 def sum_rows(low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None, out: Tensor) -> None:
     """As `grouped.sum_rows_plain`, into `out` [experts, rank, columns], which may be a transposed view."""
     experts, rank, columns = out.shape
-    _sum_kernel[(experts, triton.cdiv(columns, SUM_COLUMNS))](
+    _sum_kernel[(experts, cdiv(columns, SUM_COLUMNS))](
         low_rank, x, source, out, offsets, columns, x.stride(0), *out.stride(),
         RANK=rank, GATHERED=source is not None, COLUMNS=SUM_COLUMNS, DEPTH=SUM_DEPTH, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -206,7 +212,7 @@ def sum_rows(low_rank: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None
 def combine(rows: Tensor, positions: Tensor, out: Tensor) -> None:
     """As `grouped.combine_plain`, into `out` [tokens, columns]."""
     tokens, columns = out.shape
-    width = min(1024, triton.next_power_of_2(columns))
-    _combine_kernel[(tokens, triton.cdiv(columns, width))](
+    width = min(1024, next_power_of_2(columns))
+    _combine_kernel[(tokens, cdiv(columns, width))](
         rows, positions, out, columns, PICKS=positions.shape[1], COLUMNS=width, num_warps=4
     )
