@@ -1,9 +1,9 @@
 """A cheaper launch of Triton's kernels: `cheap_launch` is put above `triton.jit`, and the kernel is called as ever.
 
 Triton makes a key of all arguments and options to look up what it has compiled, and the launch converts each tensor;
-together they take the host several times as long as telling the driver. Here the key is a tuple of the numbers, and of
-the dtypes and alignments of the tensors: all that Triton may specialise a kernel for on NVIDIA's GPUs. What it compiled
-is launched as Triton's own tutorials do it.
+together they take the host several times as long as telling the driver. Here the key is a tuple of what Triton may
+specialise a kernel for on NVIDIA's GPUs: the dtypes and alignments of tensors, and of a number whether it is 1, a
+multiple of 16, and how many bits it needs. What Triton compiled is launched as its own tutorials do it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ALIGNMENT = 16
-"""Bytes: Triton's kernels know of an address whether it is a multiple of them."""
+"""Triton's kernels know of an address, and of a number, whether it is a multiple of this."""
 
 
 def cheap_launch(kernel: Any) -> Any:
@@ -55,7 +55,7 @@ class _Kernel:
                 key += argument.dtype, address % ALIGNMENT == 0
                 values.append(address)
             else:
-                key.append(argument)
+                key += (None,) if argument is None else (argument % ALIGNMENT == 0, argument == 1, argument >> 31)
                 values.append(argument)
         compiled = self._compiled.get(tuple(key))
         if compiled is None:
