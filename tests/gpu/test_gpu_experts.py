@@ -71,6 +71,16 @@ def test_kernels_of_routed_rows_compute_as_their_twins(
     assert torch.equal(rows, grouped.matmul(x.to(dtype), weight, offsets, torch.bfloat16, **options))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "picks", "experts"), [(16384, 8, 128), (100_000, 4, 300), (37, 2, 5), (1, 1, 1), (0, 2, 4)]
+)
+def test_picks_are_sorted_as_their_twin_sorts_them(tokens: int, picks: int, experts: int) -> None:
+    index = torch.rand(tokens, experts, device="cuda").topk(picks).indices
+    for actual, expected in zip(grouped.route_tokens(index, experts), grouped.route_plain(index, experts), strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixture_learns_on_the_fast_step_what_it_learns_on_the_plain_one(
     kind: str, bases: dict[str, Path], tmp_path: Path

@@ -19,6 +19,21 @@ def note(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 torch.manual_seed(0)
+for experts, tokens, picks, tiles in (
+    (5, 37, 2, 1024),
+    (3, 1, 1, 1024),
+    (300, 150, 4, 2),
+    (4, 0, 2, 1024),
+    (1, 260, 1, 2),
+):
+    grouped_kernels.SORT_TILES = tiles
+    index = torch.rand(tokens, experts).topk(picks).indices
+    expected = grouped.route_plain(index, experts)
+    actual = [torch.full_like(tensor, -1) for tensor in expected]
+    grouped_kernels.route(index, *actual)
+    for field, *tensors in zip(grouped.Routing._fields, actual, expected, strict=True):
+        differences[f"{field} of {tokens} tokens"] = float(not torch.equal(*tensors))
+
 for experts, depth, columns, tokens, picks, rank in ((5, 128, 96, 37, 2, 16), (3, 100, 72, 9, 1, 32)):
     rows, label = tokens * picks, f"{experts} experts"
     x, weight = torch.randn(tokens, depth), torch.randn(experts, columns, depth)

@@ -38,16 +38,27 @@ def _fake_route(index, experts):
     ]
 
 
-@operator("route_tokens(Tensor index, int experts) -> Tensor[]", _fake_route)
-def _route_tokens(index: Tensor, experts: int) -> list[Tensor]:
-    picks = index.reshape(-1).to(torch.uint8 if experts <= 256 else torch.int32)  # fewer bits are sorted faster
+def route_plain(index: Tensor, experts: int) -> list[Tensor]:
+    """Returns the tensors of a `Routing`."""
+    picks = index.reshape(-1)
     experts_in_order, order = torch.sort(picks, stable=True)
-    ends = torch.arange(experts, device=index.device, dtype=torch.int32)
-    offsets = torch.searchsorted(experts_in_order.int(), ends, right=True, out_int32=True)
+    ends = torch.arange(experts, device=index.device, dtype=picks.dtype)
+    offsets = torch.searchsorted(experts_in_order, ends, right=True, out_int32=True)
     positions = torch.empty_like(order, dtype=torch.int32)
     positions[order] = torch.arange(len(order), device=index.device, dtype=torch.int32)
     source = torch.div(order, index.shape[-1], rounding_mode="floor").int()
     return [order, source, positions.view(index.shape), offsets]
+
+
+@operator("route_tokens(Tensor index, int experts) -> Tensor[]", _fake_route)
+def _route_tokens(index: Tensor, experts: int) -> list[Tensor]:
+    if not index.is_cuda:
+        return route_plain(index, experts)
+    from qlora.step.kernels import grouped_kernels  # Triton is there with CUDA only
+
+    out = _fake_route(index, experts)
+    grouped_kernels.route(index.contiguous(), *out)
+    return out
 
 
 def route_tokens(index: Tensor, experts: int) -> Routing:

@@ -7,6 +7,7 @@ tile by itself, so nothing waits for the host to learn how many rows an expert h
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,8 @@ LOW_RANK_ROWS, LOW_RANK_DEPTH = 64, 128
 """The tile of a product with an adapter's A matrix."""
 SUM_COLUMNS, SUM_DEPTH = 128, 64
 """The tile of a gradient with respect to an adapter's matrix, and how many rows it sums at a time."""
+SORT_PICKS, SORT_EXPERTS, SORT_TILES = 128, 128, 1024
+"""The picks of a tile that are sorted, and of how many experts and tiles the picks are counted at a time."""
 
 
 @triton.jit
@@ -160,6 +163,75 @@ def _combine_kernel(rows, positions, out, columns, PICKS: tl.constexpr, COLUMNS:
         row = tl.load(positions + token * PICKS + pick).to(tl.int64)
         total += tl.load(rows + row * columns + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * columns + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@cheap_launch
+@triton.jit
+def _count_kernel(picks, counts, rows, experts, PICKS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Counts the picks of each expert in a tile."""
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    at = tile * PICKS + tl.arange(0, PICKS)
+    pick = tl.load(picks + at, mask=at < rows, other=-1).to(tl.int32)
+    for first in range(0, experts, EXPERTS):
+        expert = first + tl.arange(0, EXPERTS)
+        count = tl.sum((expert[:, None] == pick[None, :]).to(tl.int32), 1)
+        tl.store(counts + expert.to(tl.int64) * (tiles + 1) + tile, count, mask=expert < experts)
+
+
+@cheap_launch
+@triton.jit
+def _sum_counts_kernel(counts, tiles, TILES: tl.constexpr):
+    """Replaces an expert's counts by those of all tiles before, and writes the sum of all behind them."""
+    counts += tl.program_id(0).to(tl.int64) * (tiles + 1)
+    total = tl.zeros((), dtype=tl.int32)
+    for first in range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        count = tl.load(counts + tile, mask=tile < tiles, other=0)
+        tl.store(counts + tile, total + tl.cumsum(count, 0) - count, mask=tile < tiles)
+        total += tl.sum(count, 0)
+    tl.store(counts + tiles, total)
+
+
+@cheap_launch
+@triton.jit
+def _place_kernel(
+    picks, counts, order, source, positions, offsets, rows, experts, tiles, a_token,
+    PICKS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows of a tile's picks, and the end of the rows of the expert that has the number of the program."""
+    program = tl.program_id(0)
+    index = tl.arange(0, PICKS)
+    at = program * PICKS + index
+    is_pick = at < rows
+    pick = tl.load(picks + at, mask=is_pick, other=-1).to(tl.int32)
+    # The same picks along the other axis: of each one, how many before it in the tile are of its expert.
+    others = tl.load(picks + at[None, :], mask=is_pick[None, :], other=-1).to(tl.int32)
+    is_before = (others == pick[:, None]) & (index[None, :] < index[:, None])
+    row = tl.sum(is_before.to(tl.int32), 1)
+    row += tl.load(counts + pick.to(tl.int64) * (tiles + 1) + program, mask=is_pick, other=0)
+    end = tl.zeros((), dtype=tl.int32)
+    for first in range(0, experts, EXPERTS):
+        expert = first + tl.arange(0, EXPERTS)
+        total = tl.load(counts + expert.to(tl.int64) * (tiles + 1) + tiles, mask=expert < experts, other=0)
+        row += tl.sum(tl.where(expert[None, :] < pick[:, None], total[None, :], 0), 1)
+        end += tl.sum(tl.where(expert <= program, total, 0), 0)
+    tl.store(order + row, at.to(tl.int64), mask=is_pick)
+    tl.store(source + row, at // a_token, mask=is_pick)
+    tl.store(positions + at, row, mask=is_pick)
+    tl.store(offsets + program, end, mask=program < experts)
+
+
+def route(index: Tensor, order: Tensor, source: Tensor, positions: Tensor, offsets: Tensor) -> None:
+    """As `grouped.route_plain`, into the tensors of a `Routing`."""
+    rows, experts = index.numel(), len(offsets)
+    tiles = cdiv(rows, SORT_PICKS)
+    counts = torch.empty(experts, tiles + 1, dtype=torch.int32, device=index.device)
+    _count_kernel[(tiles,)](index, counts, rows, experts, PICKS=SORT_PICKS, EXPERTS=SORT_EXPERTS, num_warps=4)
+    _sum_counts_kernel[(experts,)](counts, tiles, TILES=SORT_TILES, num_warps=4)
+    _place_kernel[(max(tiles, experts),)](
+        index, counts, order, source, positions, offsets, rows, experts, tiles, index.shape[-1],
+        PICKS=SORT_PICKS, EXPERTS=SORT_EXPERTS, num_warps=4,
+    )  # fmt: skip
 
 
 def matmul(
