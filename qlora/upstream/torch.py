@@ -6,7 +6,8 @@
 - `ignore_in_ddp`: parameters that `DistributedDataParallel` leaves alone;
 - `raise_if_worker_died`: the error that torch's own signal handler would raise later;
 - `as_dataset`: rows of any class, for loaders that declare torch's own;
-- `set_last_rate`: the learning rate that a scheduler reports.
+- `set_last_rate`: the learning rate that a scheduler reports;
+- `compile_cuda`: kernels in CUDA, compiled by the library that torch brings.
 """
 
 from __future__ import annotations
@@ -79,3 +80,24 @@ def as_dataset(rows: Rows) -> torch.utils.data.Dataset[Any]:
 def set_last_rate(scheduler: Any, rates: list[float]) -> None:
     """Sets the learning rates that `get_last_lr` reports until the next step."""
     scheduler._last_lr = rates
+
+
+class CudaKernel:
+    """A kernel of `compile_cuda`."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __call__(self, grid: tuple[int, int, int], threads: int, args: Sequence[torch.Tensor | int]) -> None:
+        """Starts `grid` blocks of `threads` threads in the current stream; whole numbers are passed as `int`."""
+        self._kernel(grid=grid, block=(threads, 1, 1), args=list(args))
+
+
+def cuda_compiler_reason() -> str | None:
+    """Returns why `compile_cuda` does not serve."""
+    return None if hasattr(torch.cuda, "_compile_kernel") else "this version of torch compiles no CUDA kernels"
+
+
+def compile_cuda(source: str, name: str) -> CudaKernel:
+    """Compiles the function `name`, which is `extern "C"`, for the current GPU, in about a second."""
+    return CudaKernel(torch.cuda._compile_kernel(source, name))
