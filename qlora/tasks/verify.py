@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora.config.paths import expand_home, short_path
 from qlora.config.schema import Config
-from qlora.errors import ConfigError, RunError
+from qlora.errors import ConfigError, DamagedFile, RunError
 from qlora.reporting.certificate import add_to_card
 from qlora.reporting.manifest import write_json
 from qlora.runtime import console
+from qlora.runtime.atomic_files import read_record
 from qlora.runtime.needs import Needs, Rows
+from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.task_result import TaskResult
+from qlora.runtime.trained import RUNS
 from qlora.tasks.measured import load_model
 from qlora.tasks.protocol import TaskJob
 from qlora.tasks.used import describe_used
@@ -82,19 +87,34 @@ def _path(job: TaskJob, trained: Path) -> Path | None:
     if verify.path is not None:
         return expand_home(verify.path, "verify.path")
     candidates = {
-        "transformers": [trained.parent / "merged", job.folder.merged],
-        "llama-cpp": [*sorted(trained.parent.glob("*.gguf")), *sorted(job.folder.path.glob("*.gguf"))],
-    }[verify.engine]
+        "transformers": [trained.parent / "merged", job.folder.merged, *_written(job, trained, "merge", "merged")],
+        "llama-cpp": [
+            *sorted(trained.parent.glob("*.gguf")), *sorted(job.folder.path.glob("*.gguf")),
+            *_written(job, trained, "export", "gguf"),
+        ],
+    }[verify.engine]  # fmt: skip
     existing = [path for path in candidates if path.exists() and "-adapter-" not in path.name]
     if not existing:
         what, task = (
             ("folder of a merged model", "merge") if verify.engine == "transformers" else ("GGUF file", "export")
         )
         raise ConfigError(
-            f"verify.path is not set, and {short_path(trained.parent)} holds no {what}; write one with qlora {task} "
-            f"{short_path(trained.parent)}, and name it with verify.path"
+            f"verify.path is not set, and there is no {what} of {short_path(trained.parent)}; write one with qlora "
+            f"{task} {short_path(trained.parent)}, or name one with verify.path"
         )
     return max(existing, key=lambda path: path.stat().st_mtime)
+
+
+def _written(job: TaskJob, trained: Path, task: str, name: str) -> Iterator[Path]:
+    """Yields what a task wrote of the same weights into a folder of its own, beside the run or where runs lie."""
+    digest = describe_used(job)["adapter"]["digest"]
+    for parent in {trained.absolute().parent.parent, RUNS.absolute()}:
+        for folder in sorted(parent.glob("*/")):
+            with contextlib.suppress(DamagedFile):  # of another run
+                result = read_record(RunFolder(folder).result(task)) or {}
+                measured = result.get("measured", {}).get("adapter") or {}
+                if measured.get("digest") == digest and name in result["paths"]:
+                    yield Path(result["paths"][name])
 
 
 def _open(job: TaskJob, path: Path | None, side: TrainedSide) -> Engine:

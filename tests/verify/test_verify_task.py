@@ -77,6 +77,22 @@ def test_the_gguf_file_of_the_embedded_model_answers_as_the_adapter_on_its_base(
     assert record["compared_tokens"] == "all"
 
 
+def test_a_file_that_was_exported_into_a_folder_of_its_own_is_found(trained: Path, tmp_path: Path) -> None:
+    apart = trained.parent / "apart"
+    apart.mkdir()
+    shutil.copy(gguf_path(trained), apart / "apart.gguf")
+    result = json.loads((trained / "export.json").read_text())
+    result["paths"]["gguf"] = str(apart / "apart.gguf")
+    (apart / "export.json").write_text(json.dumps(result))
+    asked = ["verify.engine=llama-cpp", "verify.chats=1", "verify.prompts=1"]
+    assert verify(tmp_path, trained, *asked)["served"] == str(apart / "apart.gguf")
+    result["measured"]["adapter"]["digest"] = "of others"
+    (apart / "export.json").write_text(json.dumps(result))
+    assert verify(tmp_path, trained, *asked)["served"] == str(gguf_path(trained))
+    (apart / "export.json").write_text("no JSON")
+    assert verify(tmp_path, trained, *asked)["served"] == str(gguf_path(trained))
+
+
 def test_a_merged_folder_is_verified_by_transformers_and_the_cards_say_so(trained: Path, tmp_path: Path) -> None:
     record = verify(tmp_path, trained)
     assert record["accepted"]

@@ -20,7 +20,7 @@ class VerifyConfig:
     speaks OpenAI's protocol, e.g. `http://localhost:8000/v1`: vLLM, SGLang, llama.cpp, Ollama."""
     path: str | None = None
     """What the engine loads: a folder of a merged model or a GGUF file; unset: the newest that `task=merge` or
-    `task=export` wrote into the run's folder."""
+    `task=export` wrote of the same weights."""
     lora: str | None = None
     """A GGUF file of an adapter that `engine=llama-cpp` adds to the base in `path`."""
     model: str | None = None
