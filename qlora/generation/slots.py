@@ -105,16 +105,16 @@ def attend_slots(
     """
     if slot_pass is None or attention_mask is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__} has an attention of its own")
-    kind = _Kind(scaling, sliding_window, softcap, s_aux)
+    kind = Kind(scaling, sliding_window, softcap, s_aux)
     if slot_pass.lengths is None:
-        return _decode(query, key, value, slot_pass, kind), None
+        return attend_plainly(query, key, value, slot_pass, kind), None
     queries, keys, values = (tensor.split(slot_pass.lengths, dim=2) for tensor in (query, key, value))
     rows = [_prefill(q, k, v, kind) for q, k, v in zip(queries, keys, values, strict=True)]
     return torch.cat(rows, dim=1), None
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """How a layer attends."""
 
     scaling: float
@@ -128,7 +128,7 @@ class _Kind:
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: _Kind) -> Tensor:
+def attend_plainly(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: Kind) -> Tensor:
     rows, heads, _, width = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, width)  # the heads that share keys and values are like tokens
     scores = kind.scores(grouped @ key.transpose(2, 3)) + slot_pass.mask(kind.window)
@@ -136,7 +136,7 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: _K
     return (_softmax(scores, sinks).to(value.dtype) @ value).reshape(rows, 1, heads, -1)
 
 
-def _prefill(query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
+def _prefill(query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor:
     """Returns the attention of one row, [1, tokens, heads, width]."""
     tokens, is_grouped = query.shape[2], query.shape[1] != key.shape[1]
     if kind.softcap is None and kind.sinks is None and (kind.window is None or tokens <= kind.window):
