@@ -12,8 +12,12 @@ import itertools
 
 import torch
 
+from qlora.generation.elementwise import GATES, NORM_KINDS, normalise_plainly, rotate_plainly
+from qlora.generation.kernels import elementwise
 from qlora.generation.kernels.attention import attend_decoding
+from qlora.generation.kernels.prompts import attend_rows
 from qlora.generation.slots import Kind, Pass, attend_plainly
+from qlora.step.kernels.attention import attend_plain
 
 differences: dict[str, float] = {}
 
@@ -58,4 +62,40 @@ attention(torch.float32, 4, 1, 64, 1, window=100, softcap=2.0)
 attention(torch.float32, 20, 1, 64, 4, sinks=True)
 attention(torch.float32, 4, 2, 64, 1, sinks=True, window=70)
 attention(torch.float16, 6, 2, 64, 2, sinks=True, softcap=3.0)
+
+
+def prompts(dtype: torch.dtype, heads: int, shared: int, width: int, **options: object) -> None:
+    """Compares the attention of prompts of several lengths."""
+    torch.manual_seed(0)
+    lengths = [1, 130, 5, 64, 70]
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    joint = torch.randn(sum(lengths), heads + 2 * shared, width).to(dtype)
+    q, k, v = joint.split([heads, shared, shared], dim=1)
+    if options.get("sinks"):
+        options["sinks"] = torch.randn(heads)
+    actual = attend_rows(q, k, v, cu_seqlens, max(lengths), width**-0.5, **options)
+    expected = attend_plain(q, k, v, cu_seqlens, width**-0.5, **options)
+    note(f"prompts, {str(dtype).removeprefix('torch.')} {heads}/{shared} {width} {sorted(options)}", actual, expected)
+
+
+prompts(torch.float32, 4, 2, 64)
+prompts(torch.float32, 4, 4, 80, window=7)
+prompts(torch.float32, 4, 1, 64, window=100, softcap=2.0, sinks=True)
+prompts(torch.float16, 4, 2, 64, sinks=True)
+for dtype in (torch.float32, torch.float16):
+    joint = torch.randn(5, 1, 7, 48).to(dtype)  # of five tokens, seven heads
+    name = str(dtype).removeprefix("torch.")
+    for kind in NORM_KINDS:
+        x, weight = joint[:, :, 2:6], torch.randn(48).to(dtype)
+        actual = elementwise.normalise(x, weight, 1e-5, **kind)
+        note(f"norm, {name} {kind}", actual, normalise_plainly(x, weight, 1e-5, **kind))
+    q, k = (part.transpose(1, 2) for part in joint.split([5, 2], dim=2))
+    angles = [torch.randn(5, 1, 48).to(dtype) for _ in range(2)]
+    for label, *pair in zip("qk", elementwise.rotate(q, k, *angles), rotate_plainly(q, k, *angles), strict=True):
+        note(f"rotary, {name} {label}", *pair)
+    wide = torch.randn(1, 3, 2 * 1100).to(dtype)
+    gate, up = wide.split(1100, dim=-1)
+    for kind, plain in GATES.items():
+        actual = elementwise.multiply_gate(gate, up, gelu=kind == "gelu")
+        note(f"gate, {name} {kind}", actual, plain(gate) * up)
 print(json.dumps(differences))
