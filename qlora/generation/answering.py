@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 
 from qlora.config.schema import GenerationConfig
 from qlora.config.schema.generation import Loop, Weights
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ResourceError
 from qlora.generation.engine import Engine, Request
-from qlora.generation.linears import decoded_bytes
+from qlora.generation.experts import decoded_expert_bytes, served_experts
+from qlora.generation.linears import decoded_bytes, decoded_linears, packed_linears
+from qlora.generation.memory import SHARE, free_bytes, token_bytes
 from qlora.generation.sampling import Sampler
 from qlora.generation.slot_model import differs_reason, serving, unsupported_reason
-from qlora.runtime.device import free_memory
+from qlora.text import format_bytes
 
 log = logging.getLogger(__name__)
 
+DEVICES = ("cpu", "cuda")
+"""Where `generation.loop=auto` takes slots."""
 ROOM = 2
 """How many times the memory of decoded weights must be free."""
 _reasons: WeakKeyDictionary[torch.nn.Module, dict[tuple[str, torch.dtype], str | None]] = WeakKeyDictionary()
@@ -47,35 +52,82 @@ class Slots:
         loop = self.config.loop
         if loop is Loop.transformers:
             return "generation.loop=transformers"
-        if loop is Loop.auto and self.device.type != "cpu":
-            return "auto takes slots on a CPU only"
-        reasons, key = _reasons.setdefault(model, {}), (repr(self.config), self.dtype)
-        if key not in reasons:
-            reasons[key] = self._find_reason(model)
-        reason = reasons[key]
+        if loop is Loop.auto and self.device.type not in DEVICES:
+            return "auto takes slots on a CPU or a CUDA device only"
+        reason = self.find_reason(model)
         if reason is not None and loop is Loop.slots:
             raise ConfigError(
                 f"generation.loop=slots cannot answer with this model: {reason}; set generation.loop=auto"
             )
         return reason
 
+    def find_reason(self, model: torch.nn.Module) -> str | None:
+        """Returns why slots do not serve a model or the options, whatever `generation.loop` says."""
+        reasons, key = _reasons.setdefault(model, {}), (repr(self.config), self.dtype)
+        if key not in reasons:
+            reasons[key] = self._find_reason(model)
+        return reasons[key]
+
     def _find_reason(self, model: torch.nn.Module) -> str | None:
         if (reason := unsupported_reason(model, self.config)) is not None:
             return reason
+        if self.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)"
         with torch.inference_mode(), self.autocast():
-            return differs_reason(model, self.dtype)
+            return differs_reason(model, self.dtype, partial(self._matmuls, model, decoded=False))
 
-    def serving(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def serving(self, model: torch.nn.Module) -> Iterator[None]:
         """Returns the context in which an `Engine` answers."""
-        return serving(model, self.dtype, decoded=self.are_decoded(model))
+        with self.matmuls(model), serving(model, self.dtype, decoded=False):
+            yield
+
+    def matmuls(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """Returns the context in which a model computes with weights as `generation.weights` says."""
+        return self._matmuls(model, decoded=self.are_decoded(model))
+
+    @contextmanager
+    def _matmuls(self, model: torch.nn.Module, *, decoded: bool) -> Iterator[None]:
+        if self.device.type == "cuda":
+            linears = decoded_linears if decoded else packed_linears
+            with linears(model, self.dtype), served_experts(model, self.dtype, decoded=decoded):
+                yield
+        elif decoded:
+            with decoded_linears(model, self.dtype):
+                yield
+        else:
+            yield
 
     def are_decoded(self, model: torch.nn.Module) -> bool:
         """Returns whether the weights of a 4-bit base are decoded once."""
         weights = self.config.weights
         if weights is not Weights["auto"]:
             return weights is Weights["16bit"]
-        free = psutil.virtual_memory().available if self.device.type == "cpu" else free_memory(self.device)
-        return ROOM * decoded_bytes(model, self.dtype) <= free
+        free = free_bytes(self.device)
+        return free is None or ROOM * self.decoded_bytes(model) <= free
+
+    def decoded_bytes(self, model: torch.nn.Module) -> int:
+        """Returns what weights that are decoded once take beside the model."""
+        experts = decoded_expert_bytes(model, self.dtype) if self.device.type == "cuda" else 0
+        return decoded_bytes(model, self.dtype) + experts
+
+    def fit_rows(self, model: torch.nn.Module, length: int) -> int:
+        """Returns how many rows of `length` tokens are answered together, as many as the memory holds; says if fewer.
+
+        The model is in evaluation mode, and served. Raises `ResourceError` where not one fits.
+        """
+        asked, free = self.config.batch_size, free_bytes(self.device)
+        if free is None:
+            return asked
+        with self.autocast():
+            one = token_bytes(model, self.dtype) * length
+        fit = int(free * SHARE) // one
+        takes = f"keys and values of {length:,} tokens take {format_bytes(one)} a row, and {format_bytes(free)} are free"
+        if fit < 1:
+            raise ResourceError(f"generation: {takes}; set a smaller generation.max_new_tokens or data.max_length")
+        if fit < asked:
+            log.warning("%s rows are answered together, not generation.batch_size=%s: %s", fit, asked, takes)
+        return min(fit, asked)
 
 
 @dataclass
@@ -102,9 +154,10 @@ def answer_batches(
     A batch is its number, the numbers of its rows and their prompts (token ids). A row's number decides what is drawn
     for it, with `seed`. `length` is the most tokens of a prompt and its answer. The model is in evaluation mode.
     """
-    engine = Engine(model, Sampler(slots.config, end_ids, seed), slots=slots.config.batch_size, length=length)
     left, started = iter(batches), time.monotonic()
     with slots.serving(model):
+        count = slots.fit_rows(model, length)
+        engine = Engine(model, Sampler(slots.config, end_ids, seed), slots=count, length=length)
         while True:
             while len(engine.waiting) < engine.slots and (following := next(left, None)) is not None:
                 number, rows, prompts = following

@@ -1,41 +1,40 @@
-"""The linear layers of a model while it answers: weights decoded once, adapters apart, layers of one input together."""
+"""The linear layers of a model while it answers: adapters apart, layers of one input together.
+
+Weights of 4 bits are decoded once (`decoded_linears`), or when they are read (`packed_linears`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-from qlora.quantization.bnb4.quantized_weight import decode_plain, read_quantized_weight
+from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, can_join, decode_plain, join, read_quantized_weight
+from qlora.step.kernels.dequantize import dequantize
+from qlora.step.kernels.fused_linear import linear as multiply_decoding
 from qlora.step.parts.fused_linear import SAME_INPUT
 from qlora.upstream.torch_models import weight_of
+
+ALIGNED = 8
+"""Numbers of 16 bits that a matmul reads at a time: rows of matrices are multiples of it."""
 
 
 class _Group:
     """Layers that read one input; the first one that is called computes the outputs of all."""
 
     def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
-        layers = [_base_of(module) for module in modules]
-        weights = [_decode(layer, dtype) for layer in layers]
-        self.rows, self.dtype = [len(weight) for weight in weights], dtype
-        self.total = sum(self.rows)
+        self.modules, self.dtype = modules, dtype
+        self.layers = [_base_of(module) for module in modules]
+        self.rows = [int(_shape_of(layer)[0]) for layer in self.layers]
         self.adapters = [module for module in modules if isinstance(module, LoraLayer)]
-        # One matmul for the weights and all A matrices, one for all B matrices of an adapter, whose blocks meet their
-        # own A alone.
-        parts, end = [*weights], self.total
-        self.b: dict[str, tuple[slice, Tensor]] = {}
-        for name in dict.fromkeys(name for module in self.adapters for name in module.lora_A):
-            matrices = [_matrices(module, weight, name) for module, weight in zip(modules, weights, strict=True)]
-            parts += [a for a, _ in matrices]
-            begin, end = end, end + sum(len(a) for a, _ in matrices)
-            self.b[name] = slice(begin, end), torch.block_diag(*(b for _, b in matrices))
-        self.weight = torch.cat(parts)
-        self.bias = _join_biases(layers, self.rows, self.weight)
+        self.names = list(dict.fromkeys(name for module in self.adapters for name in module.lora_A))
+        self.shared: list[nn.Parameter] = []
+        """Parameters that are views of the group's tensors meanwhile."""
         self.pending: tuple[Tensor, list[Tensor]] | None = None
 
     def output(self, slot: int, x: Tensor) -> Tensor:
@@ -51,23 +50,108 @@ class _Group:
 
     def compute(self, x: Tensor) -> list[Tensor]:
         """Returns the outputs of all members, each [..., rows]."""
-        x = x if x.dtype == self.dtype else x.to(self.dtype)
-        if (adapter := self._active) is None:
-            joint = linear(x, self.weight[: self.total])
-        else:
-            columns, b = self.b[adapter]
-            joint = linear(x, self.weight)
-            joint = joint[..., : self.total] + linear(joint[..., columns], b)
-        if self.bias is not None:
-            joint = joint + self.bias
-        return [joint] if len(self.rows) == 1 else list(joint.split(self.rows, dim=-1))
+        outputs = self.multiply(x.reshape(-1, x.shape[-1]).to(self.dtype), self._active)
+        return [output.view(*x.shape[:-1], -1) for output in outputs]
+
+    def multiply(self, x: Tensor, adapter: str | None) -> list[Tensor]:
+        """Returns the outputs, each [tokens, rows], for `x` [tokens, columns]; no adapter: of the bare weights."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Gives the parameters a memory of their own again."""
+        for parameter in self.shared:
+            parameter.data = parameter.data.clone()
 
     @property
     def _active(self) -> str | None:
         """The adapter that takes part; None: the bare weights compute."""
         if not self.adapters or self.adapters[0].disable_adapters:
             return None
-        return next((name for name in self.adapters[0].active_adapters if name in self.b), None)
+        return next((name for name in self.adapters[0].active_adapters if name in self.names), None)
+
+    def _join_biases(self, device: torch.device, rows: int) -> Tensor | None:
+        """Returns the biases and zeros, [rows]; the parameters become views of it, for they may be changed in place."""
+        biases = [getattr(layer, "bias", None) for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return None
+        joint = torch.zeros(rows, dtype=self.dtype, device=device)
+        for bias, part in zip(biases, joint[: sum(self.rows)].split(self.rows), strict=True):
+            if bias is not None:
+                self._share(bias, part)
+        return joint
+
+    def _share(self, parameter: nn.Parameter, view: Tensor) -> None:
+        view.copy_(parameter.detach())
+        if parameter.dtype is view.dtype:
+            parameter.data = view
+            self.shared.append(parameter)
+
+
+class DecodedGroup(_Group):
+    """Layers whose weights, and A matrices, are one matrix in `dtype`."""
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__(modules, dtype)
+        self.total = sum(self.rows)
+        parts: list[Tensor] = []
+        self.b: dict[str, tuple[slice, Tensor]] = {}
+        """Of each adapter where its A matrices stand, and its B matrices, whose blocks meet their own A alone."""
+        end = self.total
+        for name in self.names:
+            a, b = _join_matrices(self.modules, self.rows, name, dtype)
+            padding = -len(a) % ALIGNED
+            parts.append(pad(a, (0, 0, 0, padding)))
+            begin, end = end, end + len(parts[-1])
+            self.b[name] = slice(begin, end), pad(torch.block_diag(*b), (0, padding))
+        weights = [weight_of(layer) for layer in self.layers]
+        self.weight = torch.empty(end, _shape_of(self.layers[0])[1], dtype=dtype, device=weights[0].device)
+        for weight, view in zip(weights, self.weight[: self.total].split(self.rows), strict=True):
+            if read_quantized_weight(weight) is None:
+                self._share(weight, view)
+            else:
+                view.copy_(_decode(weight, dtype))
+        torch.cat(parts or [self.weight[:0]], out=self.weight[self.total :])
+        self.bias = self._join_biases(self.weight.device, end)
+
+    def multiply(self, x: Tensor, adapter: str | None) -> list[Tensor]:
+        """Returns the outputs: one matmul for the weights and all A matrices, one for all B matrices."""
+        if adapter is None:
+            joint = linear(x, self.weight[: self.total], None if self.bias is None else self.bias[: self.total])
+        else:
+            columns, b = self.b[adapter]
+            whole = linear(x, self.weight, self.bias)
+            joint = whole[:, : self.total].addmm_(whole[:, columns], b.t())
+        return list(joint.split(self.rows, dim=-1))
+
+
+class PackedGroup(_Group):
+    """Layers whose weights stay in 4 bits."""
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__(modules, dtype)
+        self.weights: QuantizedWeight = join([weight_of(layer) for layer in self.layers])
+        self.matrices = {name: _join_matrices(modules, self.rows, name, dtype) for name in self.names}
+        self.bias = self._join_biases(self.weights.packed.device, sum(self.rows))
+
+    def multiply(self, x: Tensor, adapter: str | None) -> list[Tensor]:
+        """Returns the outputs, the adapter's part in the same matmuls."""
+        outputs = multiply_packed(x, self.weights, self.rows, None if adapter is None else self.matrices[adapter])
+        if self.bias is None:
+            return outputs
+        return [output + bias for output, bias in zip(outputs, self.bias.split(self.rows), strict=True)]
+
+
+def multiply_packed(
+    x: Tensor, weights: QuantizedWeight, rows: list[int], adapter: tuple[Tensor, list[Tensor]] | None
+) -> list[Tensor]:
+    """Returns the outputs of layers of one input, each [tokens, rows], whose 4-bit weights are stacked by rows.
+
+    `x` is [tokens, columns]; `adapter` holds the A matrices, [all ranks, columns], and each layer's scaled B, [rows,
+    rank].
+    """
+    a, b = adapter or (x.new_empty(0, x.shape[1]), [x.new_empty(count, 0) for count in rows])
+    outputs: list[Tensor] = multiply_decoding(x, linear(x, a), b, weights.tensors(), rows)
+    return outputs
 
 
 @contextlib.contextmanager
@@ -76,16 +160,15 @@ def decoded_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     An adapter that is switched off inside is not added; of several, the one that is active is.
     """
-    groups = _group(model, dtype)
-    try:
-        for modules, group in groups:
-            for slot, module in enumerate(modules):
-                module.__dict__["forward"] = _forward(group, slot)
+    with _grouped(_group(model, dtype, decoded=True)):
         yield
-    finally:
-        for modules, _ in groups:
-            for module in modules:
-                module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """As `decoded_linears`, but 4-bit layers decode their weights whenever they compute, as in training."""
+    with _grouped(_group(model, dtype, decoded=False)):
+        yield
 
 
 def decoded_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -93,6 +176,25 @@ def decoded_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     layers = {_base_of(module) for module in model.modules() if _is_computable(module)}
     states = (getattr(weight_of(layer), "quant_state", None) for layer in layers)
     return sum(state.shape.numel() * dtype.itemsize for state in states if state is not None)
+
+
+@contextlib.contextmanager
+def _grouped(groups: Iterator[_Group]) -> Iterator[None]:
+    entered: list[_Group] = []
+    try:
+        # What parameters are views of must be fit for training again.
+        with torch.inference_mode(False), torch.no_grad():
+            for group in groups:
+                entered.append(group)
+                for slot, module in enumerate(group.modules):
+                    module.__dict__["forward"] = _forward(group, slot)
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():
+            for group in entered:
+                group.release()
+                for module in group.modules:
+                    module.__dict__.pop("forward", None)
 
 
 def _forward(group: _Group, slot: int) -> Any:
@@ -103,21 +205,41 @@ def _forward(group: _Group, slot: int) -> Any:
     return forward
 
 
-def _group(model: nn.Module, dtype: torch.dtype) -> list[tuple[list[nn.Module], _Group]]:
+def _group(model: nn.Module, dtype: torch.dtype, *, decoded: bool) -> Iterator[_Group]:
     adapted = {module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)}
     left = {name: module for name, module in model.named_modules() if _is_computable(module) and module not in adapted}
-    groups = []
     while left:
         parent, _, child = next(iter(left)).rpartition(".")
         together = [[f"{parent}.{kind}" for kind in kinds] for kinds in SAME_INPUT if child in kinds]
-        names = next((names for names in together if all(name in left for name in names)), [next(iter(left))])
+        names = next((names for names in together if _can_join(names, left, decoded)), [next(iter(left))])
         modules = [left.pop(name) for name in names]
-        groups.append((modules, _Group(modules, dtype)))
-    return groups
+        is_packed = not decoded and all(_packed_of(module) is not None for module in modules)
+        yield (PackedGroup if is_packed else DecodedGroup)(modules, dtype)
+
+
+def _can_join(names: list[str], layers: dict[str, nn.Module], decoded: bool) -> bool:
+    """Returns whether layers that read one input can compute as one group."""
+    if not all(name in layers for name in names):
+        return False
+    weights = [_packed_of(layers[name]) for name in names]
+    if decoded or all(weight is None for weight in weights):
+        return True
+    packed = [weight for weight in weights if weight is not None]
+    return len(packed) == len(names) and can_join(packed)
 
 
 def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _packed_of(module: nn.Module) -> QuantizedWeight | None:
+    return read_quantized_weight(weight_of(_base_of(module)))
+
+
+def _shape_of(layer: nn.Module) -> Sequence[int]:
+    weight = weight_of(layer)
+    packed = read_quantized_weight(weight)
+    return weight.shape if packed is None else (packed.rows, packed.columns)
 
 
 def _is_computable(module: nn.Module) -> bool:
@@ -133,27 +255,28 @@ def _is_computable(module: nn.Module) -> bool:
     return is_packed or weight_of(layer).is_floating_point()
 
 
-def _decode(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    weight = weight_of(layer)
+def _decode(weight: Tensor, dtype: torch.dtype) -> Tensor:
     packed = read_quantized_weight(weight)
-    if packed is None:
-        return weight.detach().to(dtype)
-    decoded = decode_plain(packed, dtype)
+    assert packed is not None
+    decoded = dequantize(packed, dtype) if weight.is_cuda else decode_plain(packed, dtype)
     return decoded.view(packed.rows, packed.columns)
 
 
-def _matrices(module: nn.Module, weight: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
-    """Returns the A and the scaled B matrix of a layer's adapter; of a layer without it, those of rank 0."""
-    if not (isinstance(module, LoraLayer) and adapter in module.lora_A):
-        return weight[:0], weight.new_empty(len(weight), 0)
-    a, b = weight_of(module.lora_A[adapter]), weight_of(module.lora_B[adapter])
-    return a.detach().to(weight.dtype), (b.detach() * module.scaling[adapter]).to(weight.dtype)
+def _join_matrices(
+    modules: list[nn.Module], rows: list[int], adapter: str, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the A matrices of an adapter, [all ranks, columns], and the scaled B matrices, each [rows, rank].
 
-
-def _join_biases(layers: list[nn.Module], rows: list[int], like: Tensor) -> Tensor | None:
-    biases = [getattr(layer, "bias", None) for layer in layers]
-    if all(bias is None for bias in biases):
-        return None
-    parts = [like.new_zeros(count) if bias is None else bias.detach().to(like.dtype)
-             for bias, count in zip(biases, rows, strict=True)]  # fmt: skip
-    return torch.cat(parts)
+    Of a layer without the adapter they are those of rank 0.
+    """
+    holder = next(module for module in modules if isinstance(module, LoraLayer) and adapter in module.lora_A)
+    empty = weight_of(holder.lora_A[adapter]).detach()[:0].to(dtype)
+    a, b = [], []
+    for module, count in zip(modules, rows, strict=True):
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            a.append(weight_of(module.lora_A[adapter]).detach().to(dtype))
+            b.append((weight_of(module.lora_B[adapter]).detach() * module.scaling[adapter]).to(dtype))
+        else:
+            a.append(empty)
+            b.append(empty.new_empty(count, 0))
+    return torch.cat(a), b

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from qlora.config.schema import GenerationConfig
+from qlora.generation.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,17 @@ class Sampler:
         low = self.config.min_new_tokens or 0
         if self.end_ids and (early := [index for index, count in enumerate(told) if count < low]):
             logits = logits.clone()
-            logits[torch.tensor(early)[:, None], torch.tensor(self.end_ids)] = -torch.inf
+            rows, ends = (upload(numbers, logits.device) for numbers in (early, self.end_ids))
+            logits[rows[:, None], ends] = -torch.inf
         if not self.config.do_sample:
             return logits.argmax(-1)
         scores: Tensor = logits.float()
         for warper in self._warpers:
             scores = warper(torch.empty(0), scores)
         cumulated = scores.softmax(-1).double().cumsum(-1)
-        chosen = torch.tensor([numbers[count] for numbers, count in zip(uniforms, told, strict=True)])
+        numbers = [float(drawn[count]) for drawn, count in zip(uniforms, told, strict=True)]
         # Below the whole sum, which rounding leaves a little beside 1; tokens without probability add nothing to it.
-        target = chosen.to(cumulated.device)[:, None] * cumulated[:, -1:]
+        target = upload(numbers, logits.device, torch.float64)[:, None] * cumulated[:, -1:]
         return torch.searchsorted(cumulated, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
     @cached_property
@@ -82,8 +84,11 @@ def choose_each(
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for row, sampler in enumerate(samplers):
         kinds.setdefault(sampler.kind, []).append(row)
+    if len(kinds) == 1:
+        return samplers[0].choose(logits, list(told), list(uniforms))
     tokens = torch.empty(len(samplers), dtype=torch.int64, device=logits.device)
     for rows in kinds.values():
-        part = logits if len(rows) == len(samplers) else logits[rows]
-        tokens[rows] = samplers[rows[0]].choose(part, [told[row] for row in rows], [uniforms[row] for row in rows])
+        index = upload(rows, logits.device)
+        chosen = samplers[rows[0]].choose(logits[index], [told[row] for row in rows], [uniforms[row] for row in rows])
+        tokens[index] = chosen
     return tokens

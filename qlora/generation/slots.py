@@ -1,7 +1,8 @@
 """A cache of keys and values with a slot a row, and the attention that reads it.
 
 Rows have no padding: each begins at position 0 of its slot. A pass is either a prefill, in which the prompts of some
-slots are a variable-length (packed) batch, or a decode step of one token in each of the first slots.
+slots are a variable-length (packed) batch, or a decode step of one token in each of the first slots. On a GPU a kernel
+attends in decode steps, reads how long the rows are there, and writes the new keys and values itself.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_utils import AttentionInterface
 
-from qlora.step.kernels.attention import attend_plain
+from qlora.step.kernels.attention import attend_plain, attend_varlen, has_varlen
 
 NAME = "qlora_slots"
 """The name under which transformers finds the attention over slots."""
+WIDEST_FLASH = 256
+"""The widest head that FlashAttention computes."""
 
 
 @dataclass
@@ -30,8 +33,14 @@ class Pass:
     """int64 [tokens]: its position there."""
     lengths: list[int] | None = None
     """Of a prefill, the tokens of each row; None: one token a row is decoded, in the first slots."""
+    cu_seqlens: Tensor | None = None
+    """Of a prefill, int32 [rows + 1]: the first token of each row, and the end."""
     max_length: int = 0
-    """Of a decode step, the tokens of the longest row."""
+    """Of a decode step without the kernel, the tokens of the longest row."""
+    by_kernel: bool = False
+    """Whether the kernel attends in this decode step."""
+    new: tuple[Tensor, Tensor] | None = None
+    """With the kernel, the keys and values of a layer, until its attention writes them."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
@@ -61,10 +70,13 @@ class SlotCache(Cache):
         assert current is not None
         if layer_idx not in self.keys:
             self.keys[layer_idx], self.values[layer_idx] = (
-                states.new_zeros(self.slots, states.shape[1], self.length, states.shape[3])
+                states.new_zeros(self.slots, states.shape[1], self.length, states.shape[3], dtype=_held_dtype(states))
                 for states in (key_states, value_states)
             )
         keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if current.by_kernel:
+            current.new = key_states, value_states
+            return keys[: len(key_states)], values[: len(key_states)]
         for held, states in ((keys, key_states), (values, value_states)):
             tokens = states[0].transpose(0, 1) if current.lengths is not None else states[:, :, 0]
             held[current.slots, :, current.positions] = tokens.to(held.dtype)
@@ -105,16 +117,20 @@ def attend_slots(
     """
     if slot_pass is None or attention_mask is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__} has an attention of its own")
-    kind = _Kind(scaling, sliding_window, softcap, s_aux)
+    kind = Kind(scaling, sliding_window, softcap, s_aux)
+    if slot_pass.by_kernel:
+        return _attend_by_kernel(query, key, value, slot_pass, kind), None
     if slot_pass.lengths is None:
-        return _decode(query, key, value, slot_pass, kind), None
+        return attend_plainly(query, key, value, slot_pass, kind), None
+    if query.is_cuda:
+        return _attend_prompts(query, key, value, slot_pass, kind), None
     queries, keys, values = (tensor.split(slot_pass.lengths, dim=2) for tensor in (query, key, value))
     rows = [_prefill(q, k, v, kind) for q, k, v in zip(queries, keys, values, strict=True)]
     return torch.cat(rows, dim=1), None
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """How a layer attends."""
 
     scaling: float
@@ -128,15 +144,43 @@ class _Kind:
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: _Kind) -> Tensor:
+def _attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: Kind) -> Tensor:
+    from qlora.generation.kernels.attention import attend_decoding  # Triton is there with CUDA only
+
+    if any(states.stride()[2:] != (states.shape[3], 1) for states in (key, value)):
+        raise NotImplementedError("it attends to other keys and values than its cache holds")
+    new, slot_pass.new = slot_pass.new, None
+    options: dict[str, Any] = {"window": kind.window, "softcap": kind.softcap, "sinks": kind.sinks}
+    return attend_decoding(query, new, key, value, slot_pass.positions, kind.scaling, **options)
+
+
+def _attend_prompts(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: Kind) -> Tensor:
+    """Returns the attention of a prefill on a GPU, [1, tokens, heads, width]."""
+    from qlora.generation.kernels.prompts import attend_rows  # Triton is there with CUDA only
+
+    assert slot_pass.lengths is not None
+    assert slot_pass.cu_seqlens is not None
+    dtype = _held_dtype(value)
+    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    rows = slot_pass.cu_seqlens, max(slot_pass.lengths)
+    is_plain = kind.softcap is None and kind.sinks is None and q.shape[2] == v.shape[2]
+    if is_plain and dtype.itemsize == 2 and q.shape[2] <= WIDEST_FLASH and q.shape[2] % 8 == 0 and has_varlen():
+        tensors = (tensor.contiguous() for tensor in (q, k, v))
+        return attend_varlen(*tensors, *rows, kind.scaling, kind.window)[None]
+    options: dict[str, Any] = {"window": kind.window, "softcap": kind.softcap, "sinks": kind.sinks}
+    return attend_rows(q, k, v, *rows, kind.scaling, **options)[None]
+
+
+def attend_plainly(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: Kind) -> Tensor:
+    """Returns the attention of a decode step: the twin of the kernel."""
     rows, heads, _, width = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, width)  # the heads that share keys and values are like tokens
+    grouped = query.to(key.dtype).reshape(rows, key.shape[1], -1, width)  # the heads that share keys and values are like tokens
     scores = kind.scores(grouped @ key.transpose(2, 3)) + slot_pass.mask(kind.window)
     sinks = None if kind.sinks is None else kind.sinks.view(key.shape[1], -1, 1)
     return (_softmax(scores, sinks).to(value.dtype) @ value).reshape(rows, 1, heads, -1)
 
 
-def _prefill(query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
+def _prefill(query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor:
     """Returns the attention of one row, [1, tokens, heads, width]."""
     tokens, is_grouped = query.shape[2], query.shape[1] != key.shape[1]
     if kind.softcap is None and kind.sinks is None and (kind.window is None or tokens <= kind.window):
@@ -147,6 +191,12 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     row = torch.tensor([0, tokens])
     return attend_plain(q, k, v, row, kind.scaling, window=kind.window, softcap=kind.softcap, sinks=kind.sinks)[None]
+
+
+def _held_dtype(states: Tensor) -> torch.dtype:
+    """Returns what keys or values are held in: what autocast multiplies them in."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from qlora.config.schema import GenerationConfig, ServeConfig
@@ -12,15 +11,12 @@ from qlora.config.schema.generation import Loop
 from qlora.errors import ConfigError, ResourceError
 from qlora.evaluation.measure import evaluation_mode
 from qlora.generation.answering import Slots
-from qlora.generation.linears import decoded_bytes
-from qlora.generation.slot_model import SlotModel, differs_reason, serving, unsupported_option, unsupported_reason
-from qlora.runtime.device import free_memory
+from qlora.generation.memory import SHARE, free_bytes, token_bytes
+from qlora.generation.slot_model import unsupported_option
 from qlora.text import format_bytes
 
 LONGEST = 8192
 """Tokens of a prompt with its answer, unless `serve.context` says otherwise."""
-SHARE = 0.5
-"""Of the memory that is free, what keys and values may take."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +59,17 @@ def plan_capacity(config: ServeConfig, slots: Slots, model: torch.nn.Module, *, 
     Raises `ConfigError` where slots do not serve the model, and `ResourceError` where not one request fits.
     """
     with evaluation_mode(model), torch.inference_mode(), slots.autocast():
-        reason = unsupported_reason(model, slots.config) or differs_reason(model, slots.dtype)
+        reason = slots.find_reason(model)
         if reason is not None:
             raise ConfigError(
                 f"task=serve cannot answer with this model: {reason}; merge it and serve the folder with another "
                 "server (docs/serve.md), or let it answer rows with task=predict"
             )
-        free = _free_bytes(slots.device)
+        free = free_bytes(slots.device)
         if free is None:
             return Capacity(context, config.slots)
-        one = _token_bytes(slots, model) * context * models
-    free -= decoded_bytes(model, slots.dtype) if slots.are_decoded(model) else 0
+        one = token_bytes(model, slots.dtype) * context * models
+    free -= slots.decoded_bytes(model) if slots.are_decoded(model) else 0
     fit = int(free * SHARE) // one
     if fit >= config.slots:
         return Capacity(context, config.slots)
@@ -87,18 +83,3 @@ def plan_capacity(config: ServeConfig, slots: Slots, model: torch.nn.Module, *, 
     note = f"{fit} in place of {config.slots} slots: {takes}, and {format_bytes(free)} are free"
     return Capacity(context, fit, note)
 
-
-def _token_bytes(slots: Slots, model: torch.nn.Module) -> int:
-    """Returns the bytes of the keys and values of one token."""
-    one = SlotModel(model, slots=1, length=1)
-    with serving(model, slots.dtype, decoded=False):
-        one.read([[0]])
-    held = (*one.cache.keys.values(), *one.cache.values.values())
-    return max(sum(states.numel() * states.element_size() for states in held), 1)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Returns the memory that is free; None: a device of this kind does not say."""
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
-    return free_memory(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else None

@@ -27,7 +27,6 @@ from qlora.evaluation.generation import (
 from qlora.evaluation.measure import evaluation_mode
 from qlora.generation.answering import Slots
 from qlora.generation.engine import Engine
-from qlora.generation.linears import decoded_linears
 from qlora.generation.sampling import Sampler
 from qlora.generation.slot_model import serving
 from qlora.upstream.transformers import generate
@@ -98,10 +97,9 @@ class ChatModel:
         with evaluation_mode(self.model):
             if slots.unsupported_reason(self.model) is not None:
                 return None
-        if slots.are_decoded(self.model):
-            stack = contextlib.ExitStack()
-            stack.enter_context(decoded_linears(self.model, self.dtype))
-            weakref.finalize(self, stack.close)
+        stack = contextlib.ExitStack()
+        stack.enter_context(slots.matmuls(self.model))
+        weakref.finalize(self, stack.close)
         return slots
 
     def _answer_in_slots(self, prompt: list[int], stream: Stream, settings: Any, *, base: bool) -> Reply:

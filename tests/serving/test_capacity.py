@@ -23,12 +23,12 @@ def test_slots_are_as_many_as_the_memory_holds_keys_and_values_of(monkeypatch: p
     token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     enough = plan_capacity(ServeConfig(slots=5), SLOTS, model, models=3, context=100)
     assert (enough.slots, enough.note) == (5, None)
-    monkeypatch.setattr(capacity, "_free_bytes", lambda device: 2 * 2 * 300 * token)
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: 2 * 2 * 300 * token)
     fewer = plan_capacity(ServeConfig(slots=5), SLOTS, model, models=3, context=100)
     assert fewer.slots == 2
     assert fewer.note is not None
     assert fewer.note.startswith("2 in place of 5 slots: keys and values of 100 tokens take ")
-    monkeypatch.setattr(capacity, "_free_bytes", lambda device: 2 * 299 * token)
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: 2 * 299 * token)
     with pytest.raises(ResourceError, match=r"are free; set a smaller serve\.context"):
         plan_capacity(ServeConfig(slots=5), SLOTS, model, models=3, context=100)
 

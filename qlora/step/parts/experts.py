@@ -60,7 +60,7 @@ class FusedExperts(ConfiguredPart):
             return SPREAD
         if self.context.placement.device.type == "cuda" and importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
-        return next((reason for module in self.modules if (reason := _unsupported_reason(module))), None)
+        return next((reason for module in self.modules if (reason := experts_unsupported_reason(module))), None)
 
     def prepare(self) -> None:
         """Collects the weights of each layer."""
@@ -116,6 +116,13 @@ class FastExperts:
         for index, unit in enumerate(self.sharded[projection]):
             tensors[FIELDS * index] = unit.packed
         return tensors
+
+    def adapter(self, projection: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns what the adapter reads (None: `x` itself), and its A and scaled B matrices."""
+        if projection not in self.adapters:
+            return None, None, None
+        read = torch.where(keep_mask(x, self.dropout), x / (1 - self.dropout), 0) if self.dropout else None
+        return read, *padded_matrices(self.adapters[projection], "default", x.dtype)
 
     @property
     def is_packed(self) -> bool:
@@ -178,20 +185,17 @@ def _run(experts: Any, fast: FastExperts, hidden: Tensor, top_k_index: Tensor, t
 def _compute(fast: FastExperts, projection: str, x: Tensor, routing: Routing, *, gathers: bool) -> Tensor:
     weights = fast.first if gathers else fast.down
     tensors = fast.tensors(projection, weights)
-    return apply_experts(x, *_adapter(fast, projection, x), routing, weights, tensors, gathers=gathers)
+    return apply_experts(x, *fast.adapter(projection, x), routing, weights, tensors, gathers=gathers)
 
 
-def _adapter(fast: FastExperts, projection: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns what the adapter reads (None: `x` itself), and its A and scaled B matrices with a rank of the kernels."""
-    if projection not in fast.adapters:
-        return None, None, None
-    a, b, scaling = fast.adapters[projection].matrices("default")
+def padded_matrices(wrapper: ExpertsWrapper, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns the A and scaled B matrices of an adapter in `dtype`, with a rank of the kernels."""
+    a, b, scaling = wrapper.matrices(adapter)
     missing = kernel_rank(a.shape[1]) - a.shape[1]
-    a, b = a.to(x.dtype), (b * scaling).to(x.dtype)
+    a, b = a.to(dtype), (b * scaling).to(dtype)
     if missing:
         a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
-    read = torch.where(keep_mask(x, fast.dropout), x / (1 - fast.dropout), 0) if fast.dropout else None
-    return read, a, b
+    return a, b
 
 
 def _read_weights(experts: nn.Module, layout: ExpertsLayout, projection: str) -> FrozenExperts:
@@ -211,7 +215,8 @@ def _find_sharded(experts: nn.Module, layout: ExpertsLayout) -> dict[str, list[Q
     return {name: [store.unit(unit.name) for unit in layout.units_of(name)] for name in layout.projections}
 
 
-def _unsupported_reason(experts: nn.Module) -> str | None:
+def experts_unsupported_reason(experts: nn.Module) -> str | None:
+    """Returns why the experts of a layer are computed by the plain forward pass."""
     layout, store = ExpertsLayout.of(experts), stored_experts(experts)
     weights = [getattr(experts, projection) for projection in layout.projections]
     if any(weight.requires_grad for weight in weights):
