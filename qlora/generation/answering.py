@@ -122,7 +122,9 @@ class Slots:
         with self.autocast():
             one = token_bytes(model, self.dtype) * length
         fit = int(free * SHARE) // one
-        takes = f"keys and values of {length:,} tokens take {format_bytes(one)} a row, and {format_bytes(free)} are free"
+        takes = (
+            f"keys and values of {length:,} tokens take {format_bytes(one)} a row, and {format_bytes(free)} are free"
+        )
         if fit < 1:
             raise ResourceError(f"generation: {takes}; set a smaller generation.max_new_tokens or data.max_length")
         if fit < asked:

@@ -14,12 +14,21 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, can_join, decode_plain, join, read_quantized_weight
+from qlora.generation import few_rows
+from qlora.quantization.bnb4.quantized_weight import (
+    QuantizedWeight,
+    can_join,
+    decode_plain,
+    join,
+    read_quantized_weight,
+)
 from qlora.step.kernels.dequantize import dequantize
 from qlora.step.kernels.fused_linear import linear as multiply_decoding
 from qlora.step.parts.fused_linear import SAME_INPUT
 from qlora.upstream.torch_models import weight_of
 
+FEWER = 16
+"""Rows up to which weights that are decoded too are faster read in 4 bits, on a GPU."""
 ALIGNED = 8
 """Numbers of 16 bits that a matmul reads at a time: rows of matrices are multiples of it."""
 
@@ -112,9 +121,15 @@ class DecodedGroup(_Group):
                 view.copy_(_decode(weight, dtype))
         torch.cat(parts or [self.weight[:0]], out=self.weight[self.total :])
         self.bias = self._join_biases(self.weight.device, end)
+        self.few = FewRows.of(self, dtype)
 
     def multiply(self, x: Tensor, adapter: str | None) -> list[Tensor]:
-        """Returns the outputs: one matmul for the weights and all A matrices, one for all B matrices."""
+        """Returns the outputs: one matmul for the weights and all A matrices, one for all B matrices.
+
+        Of the few rows of a decode step, weights are read as they are stored, in 4 bits.
+        """
+        if self.few is not None and len(x) <= FEWER:
+            return self.few.multiply(x, adapter, self.bias)
         if adapter is None:
             joint = linear(x, self.weight[: self.total], None if self.bias is None else self.bias[: self.total])
         else:
@@ -132,13 +147,53 @@ class PackedGroup(_Group):
         self.weights: QuantizedWeight = join([weight_of(layer) for layer in self.layers])
         self.matrices = {name: _join_matrices(modules, self.rows, name, dtype) for name in self.names}
         self.bias = self._join_biases(self.weights.packed.device, sum(self.rows))
+        self.few = FewRows.of(self, dtype)
 
     def multiply(self, x: Tensor, adapter: str | None) -> list[Tensor]:
         """Returns the outputs, the adapter's part in the same matmuls."""
+        if self.few is not None and len(x) <= few_rows.MOST_ROWS:
+            return self.few.multiply(x, adapter, self.bias)
         outputs = multiply_packed(x, self.weights, self.rows, None if adapter is None else self.matrices[adapter])
         if self.bias is None:
             return outputs
         return [output + bias for output, bias in zip(outputs, self.bias.split(self.rows), strict=True)]
+
+
+class FewRows:
+    """Layers of one input, as the kernel for a few rows on a GPU computes them."""
+
+    def __init__(self, weights: QuantizedWeight, rows: list[int]) -> None:
+        self.weights, self.rows = weights, rows
+        self.matrices: dict[str | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
+        """The A matrices and the scaled B matrices of each adapter, of one rank."""
+
+    @classmethod
+    def of(cls, group: _Group, dtype: torch.dtype) -> FewRows | None:
+        """Returns those of a group; None: the kernel does not compute it."""
+        packed = [read_quantized_weight(weight_of(layer)) for layer in group.layers]
+        known = [weight for weight in packed if weight is not None]
+        if len(known) < len(packed) or not known[0].packed.is_cuda or not can_join(known):
+            return None
+        if few_rows.unsupported_reason(known[0], dtype, group.rows) is not None:
+            return None
+        few = cls(join([weight_of(layer) for layer in group.layers]), group.rows)
+        for name in group.names:
+            a, b = _join_matrices(group.modules, group.rows, name, dtype)
+            ranks = [matrix.shape[1] for matrix in b]
+            rank = -(-max(ranks) // few_rows.TILE) * few_rows.TILE
+            missing = [rank - own for own in ranks]
+            few.matrices[name] = (
+                torch.cat([pad(part, (0, 0, 0, more)) for part, more in zip(a.split(ranks), missing, strict=True)]),
+                torch.cat([pad(part, (0, more)) for part, more in zip(b, missing, strict=True)]),
+            )
+        return few
+
+    def multiply(self, x: Tensor, adapter: str | None, bias: Tensor | None) -> list[Tensor]:
+        """Returns the outputs, each [rows of x, rows]; `bias` may be longer than their columns."""
+        joint = few_rows.multiply(x, self.weights, *self.matrices[adapter], self.rows)
+        if bias is not None:
+            joint += bias[: joint.shape[1]]
+        return list(joint.split(self.rows, dim=-1))
 
 
 def multiply_packed(
