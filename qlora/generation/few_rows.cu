@@ -139,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) multiply(
       const int m = min(j * 8 + g, rows - 1);
       const float2* from = (const float2*)(xa + ((size_t)m * segments + segment) * rank + r) + t;
       float2 u = {}, v = {};
-#pragma unroll 1
+#pragma unroll 8
       for (int slice = 0; slice < slices; slice++, from += rows * segments * rank / 2) {
         const float2 more = from[0], last = from[4];
         u.x += more.x, u.y += more.y, v.x += last.x, v.y += last.y;
