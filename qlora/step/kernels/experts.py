@@ -190,8 +190,7 @@ def _multiply(
         owners, offsets = _owners(offsets, rows)
         b = None if b is None else b[owners]
     if weight_scale is not None:
-        x, scale = scale_rows(x)
-        scale = scale / weight_scale
+        x, scale = scale_rows(x, weight_scale)
     weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed, experts=owners)
     return matmul(x, weight, offsets, dtype, source=source, scale=scale, xa=xa, b=b)
 
