@@ -55,6 +55,8 @@ def test_rows_are_scaled_as_by_the_twin(columns: int) -> None:
 
     x = torch.randn(64, columns, device="cuda").bfloat16()
     (actual, scale), (expected, exact) = scale_rows(x), scale_rows_plain(x)
+    factor = torch.tensor([3.7], device="cuda")
+    assert torch.equal(scale_rows(x, factor)[1], scale / factor)
     torch.testing.assert_close(scale, exact, rtol=1e-6, atol=0)
     assert (actual.float() != expected.float()).float().mean() < 1e-5  # a division on the edge of two numbers
 

@@ -38,6 +38,7 @@ for quant_type in ("nf4", "fp4"):
         decode_rows(weight, scaled, factor)
         differences[f"{name} scaled"] = steps(scaled, decode_plain(weight, torch.float32) * factor)
 x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
-(_, scale), (_, expected) = (f(x) for f in (scale_rows, scale_rows_plain))
-differences["rows scale"] = steps(scale, expected)  # the interpreter's own rounding to 8 bits loses carries
+for name, factor in (("rows scale", None), ("rows scale of both", torch.tensor([3.7]))):
+    (_, scale), (_, expected) = (scale(x, factor) for scale in (scale_rows, scale_rows_plain))
+    differences[name] = steps(scale, expected)  # the interpreter's own rounding to 8 bits loses carries
 print(json.dumps(differences))

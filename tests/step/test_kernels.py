@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from qlora.quantization.bnb4.quantized_weight import (
 )
 from qlora.step.kernels import attention, fused_linear
 from qlora.step.kernels.attention import attend_batch, fastest_attention
-from qlora.step.kernels.dequantize import unread
+from qlora.step.kernels.dequantize import join_tensors, register, registered, unread
 from qlora.step.kernels.fused_linear import GroupedLinear
 from qlora.step.kernels.matmul_fp8 import scale_rows
 from tests.step.weights import quantized_weight, weight
@@ -62,6 +63,20 @@ def test_joint_weights_are_the_same_and_stored_once(nested: bool) -> None:
     for parameter, expected in zip(parameters, dense, strict=True):
         assert torch.equal(dequantize_4bit(parameter.data, parameter.quant_state), expected)
         assert parameter.data.untyped_storage().data_ptr() == joint.packed.untyped_storage().data_ptr()
+
+
+def test_a_weight_is_found_by_its_packed_bytes_as_long_as_a_step_holds_it() -> None:
+    packed = (parameter := weight(64, 256, nested=True, seed=0)).view(-1)
+    held = register(packed, join([parameter]))
+    assert join_tensors([packed.detach()], 64, 256) is held
+    again = register(packed, join([parameter]))  # of a second step with the same model
+    del held
+    gc.collect()
+    assert join_tensors([packed], 64, 256) is again
+    del again
+    gc.collect()
+    with pytest.raises(KeyError):
+        registered(packed)
 
 
 def test_weights_of_other_kinds_are_not_joined() -> None:

@@ -118,24 +118,29 @@ def _turned_experts_kernel(
 
 @cheap_launch
 @triton.jit
-def _scale_kernel(x, out, scales, columns, stride, WIDTH: tl.constexpr):
+def _scale_kernel(x, weight_scale, out, scales, columns, stride, SCALED: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     mask = column < columns
     values = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / 448.0
     tl.store(out + row * columns + column, (values / scale).to(tl.float8e4nv), mask=mask)
+    if SCALED:
+        scale = tl.div_rn(scale, tl.load(weight_scale))
     tl.store(scales + row, scale)
 
 
-def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `fused_linear.scale_rows_plain`; one program a row, which is read once."""
+def scale_rows(x: Tensor, weight_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `matmul_fp8.scale_rows_plain`; one program a row, which is read once."""
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     width = next_power_of_2(columns)
     warps = min(max(width // 1024, 4), 16)
-    _scale_kernel[(rows,)](x, out, scales, columns, x.stride(0), WIDTH=width, num_warps=warps)
+    _scale_kernel[(rows,)](
+        x, weight_scale, out, scales, columns, x.stride(0),
+        SCALED=weight_scale is not None, WIDTH=width, num_warps=warps,
+    )  # fmt: skip
     return out, scales
 
 

@@ -22,7 +22,7 @@ E4M3_MAX = 448.0
 """The largest number of the 8-bit float with 3 bits of mantissa."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class QuantizedWeight:
     """The frozen weight of one linear layer, [rows, columns] when decoded.
 

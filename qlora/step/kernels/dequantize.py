@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from qlora.quantization.bnb4.quantized_weight import GROUP, QuantizedWeight, decode_plain
 
+Weight = TypeVar("Weight")
 CHUNK_BYTES = 2**27
 """The maximum of dequantized 16-bit weights at a time, in bytes: the largest group of a 65B model takes 721 MB."""
 
@@ -33,8 +35,33 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     return register
 
 
+_registered: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""Frozen weights by the address of their packed bytes: operators of torch are given tensors, and nothing else."""
+
+
+def register(packed: Tensor, weight: Weight) -> Weight:
+    """Lets operators find a weight by its packed bytes alone, as long as what this returns is there.
+
+    It is this weight, or what was registered for the same bytes before. Each tensor more that a compiled layer reads
+    takes the host 20 us a step: it is checked, saved for the backward pass, and unpacked.
+    """
+    found: Weight = _registered.setdefault(packed.data_ptr(), weight)
+    return found
+
+
+def registered(packed: Tensor) -> Any:
+    """Returns the weight that is registered for its packed bytes."""
+    return _registered[packed.data_ptr()]
+
+
 def join_tensors(tensors: list[Tensor], rows: int, columns: int) -> QuantizedWeight:
-    """Returns the tensors of a group's `QuantizedWeight` as one; the packed bytes may be several tensors."""
+    """Returns the `QuantizedWeight` of a group: the registered one of the packed bytes, or that of its tensors.
+
+    Of the latter the packed bytes may be several tensors.
+    """
+    if len(tensors) == 1:
+        weight: QuantizedWeight = registered(tensors[0])
+        return weight
     *packed, scales, values, scale_values, scale_scales, offsets = tensors
     joint = (packed[0] if len(packed) == 1 else torch.cat(packed)).view(torch.uint8).view(-1)
     return QuantizedWeight(joint, scales, values, scale_values, scale_scales, offsets, rows, columns)

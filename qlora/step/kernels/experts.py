@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora.experts.host import on_device
+from qlora.experts.host import is_waiting, on_device
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, decode_plain, weight_scale
-from qlora.step.kernels.dequantize import is_unread, operator
+from qlora.step.kernels.dequantize import is_unread, operator, register, registered
 from qlora.step.kernels.grouped import Routing, combine, matmul, multiply_low_rank, sum_rows
 from qlora.step.kernels.matmul_fp8 import scale_rows
 
@@ -29,18 +29,47 @@ FIELDS = 4
 
 
 @dataclass(frozen=True)
+class QuantizedProjections:
+    """Quantized projections of all experts of a layer, in the order of their rows."""
+
+    weights: list[QuantizedWeight]
+    """Each of their tensors with a row an expert, but for the codebooks."""
+    waits: bool
+    """Whether they wait in the host's memory, but for what decodes them."""
+
+    @classmethod
+    def register(cls, weights: Sequence[QuantizedWeight]) -> QuantizedProjections:
+        """Lets operators find projections by the packed bytes of the first, as long as what this returns is there."""
+        packed = weights[0].packed
+        return register(packed, cls([_by_expert(weight) for weight in weights], is_waiting(packed)))
+
+    def on_device(self) -> list[QuantizedWeight]:
+        """Returns them as a device computes with them."""
+        if not self.waits:
+            return self.weights
+        copies = [on_device([weight.packed, weight.absmax]) for weight in self.weights]
+        return [
+            replace(weight, packed=packed, absmax=absmax)
+            for weight, (packed, absmax) in zip(self.weights, copies, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
 class FrozenExperts:
     """The frozen weights of all experts of a layer, [experts, rows, columns] when decoded: gate and up, or down."""
 
     tensors: list[Tensor]
-    """One tensor, the weights; two, 8-bit weights as they are, and turned; or those of a `QuantizedWeight`, with a row
-    an expert: for each projection its own, then the codebooks, once, for `torch.compile` takes no tensor twice."""
+    """What operators read. One tensor, the weights; two, 8-bit weights as they are, and turned; the packed bytes that
+    `quantized` is registered for; or those of a `QuantizedWeight`, with a row an expert: for each projection its own,
+    then the codebooks, once, for `torch.compile` takes no tensor twice."""
     rows: int
     columns: int
     is_interleaved: bool = False
     """Whether the rows of the projections alternate; else they follow each other."""
     weight_scale: Tensor | None = None
     """With 8-bit matmuls, the factor with which the weights fill the range of e4m3: float32 [1]."""
+    quantized: QuantizedProjections | None = None
+    """What is registered for the packed bytes."""
 
     def find_scale(self) -> Tensor | None:
         """Returns a `weight_scale`; None: the weights have 16 bits."""
@@ -49,7 +78,7 @@ class FrozenExperts:
 
     def decode(self, dtype: torch.dtype) -> FrozenExperts:
         """Returns these weights as the matmuls of a forward and a backward pass read them; `dtype` is that of rows."""
-        if len(self.tensors) == 1:
+        if not self.is_quantized:
             return self
         kinds = (False,) if self.weight_scale is None else (False, True)
         dtype = dtype if self.weight_scale is None else torch.float8_e4m3fn
@@ -57,9 +86,19 @@ class FrozenExperts:
         return replace(self, tensors=[decode_experts(*arguments, transposed=turned) for turned in kinds])
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the weights must be decoded."""
+        return is_quantized(self.tensors)
+
+    @property
     def shape(self) -> list[int]:
         """What the operators are told."""
         return [self.rows, self.columns, int(self.is_interleaved)]
+
+
+def is_quantized(tensors: list[Tensor]) -> bool:
+    """Returns whether the `tensors` of `FrozenExperts` are those of quantized weights."""
+    return len(tensors) > 2 or tensors[0].dtype is torch.uint8
 
 
 def join_projections(projections: Sequence[QuantizedWeight]) -> list[Tensor]:
@@ -69,16 +108,21 @@ def join_projections(projections: Sequence[QuantizedWeight]) -> list[Tensor]:
 
 
 def split_projections(tensors: list[Tensor], shape: list[int]) -> list[QuantizedWeight]:
-    """Reverses `join_projections`, on the device; weights that are not quantized have none."""
-    if len(tensors) <= 2:
+    """Returns the projections on the device, each with a row an expert; weights that are not quantized have none."""
+    if not is_quantized(tensors):
         return []
+    if len(tensors) == 1:
+        found: QuantizedProjections = registered(tensors[0])
+        return found.on_device()
     *owned, codebook, nested_codebook = on_device(tensors)
     rows = shape[0] * FIELDS // len(owned)
     return [
-        QuantizedWeight(
-            packed.view(torch.uint8), absmax, codebook, nested_codebook, nested_absmax, nested_offset, rows, shape[1]
+        _by_expert(
+            QuantizedWeight(
+                packed.view(torch.uint8), absmax, codebook, nested_codebook, nested_absmax, offset, rows, shape[1]
+            )
         )
-        for packed, absmax, nested_absmax, nested_offset in zip(*[iter(owned)] * FIELDS, strict=True)
+        for packed, absmax, nested_absmax, offset in zip(*[iter(owned)] * FIELDS, strict=True)
     ]
 
 
@@ -97,18 +141,21 @@ def decode_experts(
     that are decoded, any number of times; None: all, once. They are read where weights are quantized alone.
     """
     rows, columns, is_interleaved = shape
-    if len(tensors) == 1:
+    if not is_quantized(tensors):
+        if len(tensors) == 2:
+            return tensors[transposed]
         return tensors[0].transpose(1, 2) if transposed else tensors[0]
-    if len(tensors) == 2:
-        return tensors[transposed]
-    projections = [_of_experts(projection, experts) for projection in split_projections(tensors, shape)]
+    projections = split_projections(tensors, shape)
+    if experts is not None:
+        projections = [_of_experts(projection, experts) for projection in projections]
     number, is_turned = len(projections[0].packed), transposed and weight_scale is not None
     size = (number, columns, rows) if is_turned else (number, rows, columns)
     out = torch.empty(size, dtype=dtype, device=projections[0].packed.device)
     view = out.transpose(1, 2) if is_turned else out
     count = len(projections)
+    height = rows // count
     for index, projection in enumerate(projections):
-        part = view[:, index::count] if is_interleaved else view.chunk(count, 1)[index]
+        part = view[:, index::count] if is_interleaved else view.narrow(1, index * height, height)
         if out.is_cuda:
             from qlora.quantization.bnb4 import decode_kernels  # Triton is there with CUDA only
 
@@ -119,13 +166,15 @@ def decode_experts(
     return out.transpose(1, 2) if transposed and not is_turned else out
 
 
-def _of_experts(weight: QuantizedWeight, experts: Tensor | None) -> QuantizedWeight:
-    """Returns the weights of some experts, with a row an expert."""
-    names = ("absmax", "nested_absmax", "nested_offset")
-    packed = weight.packed.view(len(weight.absmax), -1)  # those that processes share are flat
-    if experts is None:
-        return replace(weight, packed=packed)
-    return replace(weight, packed=packed[experts], **{name: getattr(weight, name)[experts] for name in names})
+def _by_expert(weight: QuantizedWeight) -> QuantizedWeight:
+    """Returns weights with a row an expert: the packed bytes that processes share are flat."""
+    return replace(weight, packed=weight.packed.view(len(weight.absmax), -1))
+
+
+def _of_experts(weight: QuantizedWeight, experts: Tensor) -> QuantizedWeight:
+    """Returns the weights of some experts."""
+    names = ("packed", "absmax", "nested_absmax", "nested_offset")
+    return replace(weight, **{name: getattr(weight, name)[experts] for name in names})
 
 
 def _multiply(
@@ -137,12 +186,11 @@ def _multiply(
     The first arguments after `x` are those of `FrozenExperts`, the others those of `grouped.matmul`.
     """
     dtype, scale, owners = x.dtype, None, None
-    if (rows := len(x if source is None else source)) < len(offsets) and len(tensors) > 2:
+    if (rows := len(x if source is None else source)) < len(offsets) and is_quantized(tensors):
         owners, offsets = _owners(offsets, rows)
         b = None if b is None else b[owners]
     if weight_scale is not None:
-        x, scale = scale_rows(x)
-        scale = scale / weight_scale
+        x, scale = scale_rows(x, weight_scale)
     weight = decode_experts(tensors, shape, x.dtype, weight_scale, transposed=transposed, experts=owners)
     return matmul(x, weight, offsets, dtype, source=source, scale=scale, xa=xa, b=b)
 

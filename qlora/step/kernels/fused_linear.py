@@ -35,7 +35,7 @@ def linear(x: Tensor, xa: Tensor, b: list[Tensor], codes: list[Tensor], rows: li
     """Returns the outputs of a group of layers, each [tokens, rows] and a tensor of its own, which can be freed.
 
     `x` [tokens, columns] is their input, `xa` [tokens, all ranks] its product with the A matrices, `b` the scaled B
-    matrices, each [rows, rank], `codes` the tensors of the layers' `QuantizedWeight`.
+    matrices, each [rows, rank], `codes` what `join_tensors` takes of the layers.
     """
     if is_unread(codes):
         return [xa.new_full((len(x), count), torch.nan) for count in rows]
@@ -79,7 +79,7 @@ class GroupedLinear(torch.autograd.Function):
         """Returns the layers' outputs, each [tokens, rows], for `x` [tokens, columns].
 
         `dropped` is what the adapters read, `x` after dropout; None: `x` itself. `a` [all ranks, columns] are the A
-        matrices; `tensors` the scaled B matrices, one a layer [rows, rank], and the tensors of the `QuantizedWeight`s.
+        matrices; `tensors` the scaled B matrices, one a layer [rows, rank], and what `join_tensors` takes.
         With `scales`, float32 [3], matmuls with the weights are in e4m3: it holds the factor of the weights
         (`WEIGHT_SCALE`) and the largest absolute values of A and of the scaled B (`AMAX_A`, `AMAX_B`).
         """

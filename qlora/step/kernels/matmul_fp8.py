@@ -26,32 +26,37 @@ def _ones(count: int, device: torch.device) -> Tensor:
     return torch.ones(1, count, device=device)
 
 
-def _write_diagonal(out: Tensor, blocks: Sequence[Tensor]) -> None:
-    """Writes the blocks along the diagonal of `out`, in 8 bits, and zeros beside them."""
-    out = out.view(torch.int8)  # whose kernels are faster
-    if len(blocks) > 1 or blocks[0].shape[1] < out.shape[1]:
-        out.zero_()
-    row = column = 0
+def _copy(block: Tensor, out: Tensor) -> None:
+    out.view(torch.int8).copy_(block.view(torch.int8))  # whose kernels are faster
+
+
+def _join_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Returns a matrix with the blocks along its diagonal, and zeros beside them."""
+    if len(blocks) == 1:
+        return blocks[0]
+    width, before, rows = sum(block.shape[1] for block in blocks), 0, []
     for block in blocks:
-        height, width = block.shape
-        out[row : row + height, column : column + width] = block.view(torch.int8)
-        row, column = row + height, column + width
+        rows.append(torch.nn.functional.pad(block, (before, width - before - block.shape[1])))
+        before += block.shape[1]
+    return torch.cat(rows)
 
 
-def _fake_matmul(x, scale, weight_scale, blocks, codes, rows, columns):
+def _fake_matmul(x, scale, weight_scale, left, right, widths, codes, rows, columns):
     return [x.new_empty(x.shape[0], count, dtype=torch.bfloat16) for count in rows]
 
 
 @operator(
-    "matmul_fp8(Tensor x, Tensor scale, Tensor weight_scale, Tensor[] blocks, Tensor[] codes, int[] rows, "
-    "int columns) -> Tensor[]",
+    "matmul_fp8(Tensor x, Tensor scale, Tensor weight_scale, Tensor? left, Tensor right, int[] widths, Tensor[] codes, "
+    "int[] rows, int columns) -> Tensor[]",
     _fake_matmul,
 )
 def matmul_fp8(
     x: Tensor,
     scale: Tensor,
     weight_scale: Tensor,
-    blocks: list[Tensor],
+    left: Tensor | None,
+    right: Tensor,
+    widths: list[int],
     codes: list[Tensor],
     rows: list[int],
     columns: int,
@@ -59,25 +64,27 @@ def matmul_fp8(
     """Returns `x`, in e4m3, times the transposed weights of each layer of a group: tensors of bf16 [tokens, rows].
 
     The weights, in e4m3 too, are multiplied with `weight_scale` [1], the results with `scale` [tokens, 1]. `x` has
-    additional columns, which are multiplied with the layers' adapter matrices `blocks`, in e4m3 [rows, ...]. Those of
-    the first of several layers come left of the weights' `columns`, the others right of them; so there are zeros to
-    multiply from the third layer on only.
+    additional columns, which are multiplied with the layers' adapter matrices, in e4m3 [rows, ...]. Those of the first
+    of several layers, `left`, come left of the weights' `columns`, the others right of them; so there are zeros to
+    multiply from the third layer on only. `right` has those others along its diagonal, `widths` their columns.
     """
     if is_unread(codes):
         return [x.new_full((len(x), count), torch.nan, dtype=torch.bfloat16) for count in rows]
-    left = blocks[0].shape[1] if len(rows) > 1 else 0
-    right = x.shape[1] - left - columns
-    weight = dequantize(join_tensors(codes, sum(rows), columns), x.dtype, weight_scale, left=left, right=right)
-    if left:
-        _write_diagonal(weight[: rows[0], :left], blocks[:1])
-        _write_diagonal(weight[rows[0] :, left + columns :], blocks[1:])
+    begin = 0 if left is None else left.shape[1]
+    end = begin + columns
+    weight = dequantize(
+        join_tensors(codes, sum(rows), columns), x.dtype, weight_scale, left=begin, right=right.shape[1]
+    )
+    if left is None:
+        _copy(right, weight[:, end:])
+        ranges = []
     else:
-        _write_diagonal(weight[:, columns:], blocks)
-    ranges = [slice(0, left + columns)] if left else []
-    ends = itertools.accumulate(block.shape[1] for block in blocks[len(ranges) :])
-    ranges += [slice(left, left + columns + end) for end in ends]
+        _copy(left, weight[: rows[0], :begin])
+        _copy(right, weight[rows[0] :, end:])
+        ranges = [(0, end)]
+    ranges += [(begin, end + width) for width in itertools.accumulate(widths)]
     parts = zip(weight.split(rows), ranges, strict=True)
-    return [_multiply_scaled(x[:, read], part[:, read], scale) for part, read in parts]
+    return [_multiply_scaled(x[:, start:stop], part[:, start:stop], scale) for part, (start, stop) in parts]
 
 
 def _fake_transposed(dy, scale, weight_scale, block, codes, rows, columns):
@@ -99,14 +106,14 @@ def matmul_fp8_transposed(
     right = dy.shape[1] - rows
     weight = dequantize(join_tensors(codes, rows, columns), dy.dtype, weight_scale, transposed=True, right=right)
     if block is not None:
-        _write_diagonal(weight[:, rows:], [block])
+        _copy(block, weight[:, rows:])
     return _multiply_scaled(dy, weight, scale)
 
 
 def _multiply_scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if not x.is_cuda:
         return ((x.float() @ weight.float().t()) * scale).bfloat16()
-    ones = _ones(len(weight), x.device)
+    ones = _ones(weight.shape[0], x.device)
     return scaled_mm(x, weight.t(), scale_a=scale, scale_b=ones, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
@@ -124,24 +131,27 @@ def _scale_parts_plain(parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     return [(part.float() / scale).to(torch.float8_e4m3fn) for part in parts], scale
 
 
-def scale_rows_plain(x: Tensor) -> tuple[Tensor, Tensor]:
+def scale_rows_plain(x: Tensor, weight_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The twin of `scale_rows`."""
     (scaled,), scale = _scale_parts_plain([x])
-    return scaled, scale
+    return scaled, scale if weight_scale is None else scale / weight_scale
 
 
-def _fake_scale(x):
+def _fake_scale(x, weight_scale=None):
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@operator("scale_rows(Tensor x) -> (Tensor, Tensor)", _fake_scale)
-def scale_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `x` [tokens, columns] in e4m3, each row scaled to the range, and the divisors, float32 [tokens, 1]."""
+@operator("scale_rows(Tensor x, Tensor? weight_scale=None) -> (Tensor, Tensor)", _fake_scale)
+def scale_rows(x: Tensor, weight_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns `x` [tokens, columns] in e4m3, each row scaled to the range, and the factors of results, [tokens, 1].
+
+    The factors, in float32, are the divisors of the rows, divided by the factor `weight_scale` [1] of the weights.
+    """
     if not x.is_cuda:
-        return scale_rows_plain(x)
+        return scale_rows_plain(x, weight_scale)
     from qlora.quantization.bnb4.decode_kernels import scale_rows as kernel
 
-    return kernel(x)
+    return kernel(x, weight_scale)
 
 
 class ScaledOperands(NamedTuple):
@@ -191,9 +201,11 @@ def multiply_fp8(
 ) -> list[Tensor]:
     """Returns the outputs of `linear`, by matmuls in e4m3."""
     (scaled,), extra, blocks, scale, weight_scale = scale_operands([x], xa, b, scales[WEIGHT_SCALE], scales[AMAX_B])
-    left = extra[:1] if len(rows) > 1 else []
-    joined = torch.cat([*left, scaled, *extra[len(left) :]], 1)
-    return matmul_fp8(joined, scale, weight_scale, blocks, codes, rows, x.shape[1])
+    first = 1 if len(rows) > 1 else 0
+    joined = torch.cat([*extra[:first], scaled, *extra[first:]], 1)
+    left, right = next(iter(blocks[:first]), None), _join_diagonal(blocks[first:])
+    widths = [block.shape[1] for block in blocks[first:]]
+    return matmul_fp8(joined, scale, weight_scale, left, right, widths, codes, rows, x.shape[1])
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:

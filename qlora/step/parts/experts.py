@@ -24,7 +24,7 @@ from qlora.quantization.bnb4.experts import QuantizedExperts
 from qlora.quantization.bnb4.layout import BLOCK
 from qlora.step.kernels.dequantize import unread
 from qlora.step.kernels.dropout import keep_mask
-from qlora.step.kernels.experts import FIELDS, FrozenExperts, apply_experts, join_projections
+from qlora.step.kernels.experts import FIELDS, FrozenExperts, QuantizedProjections, apply_experts, join_projections
 from qlora.step.kernels.grouped import Routing, SortWeights, route_tokens
 from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 from qlora.upstream.peft import ExpertsWrapper
@@ -128,7 +128,7 @@ class FastExperts:
     def is_packed(self) -> bool:
         """Whether the weights are in 4 bits, kept decoded or not."""
         first = self._packed[0] if self._packed else self.first
-        return len(first.tensors) > 1
+        return first.is_quantized
 
     def scale_weights(self) -> None:
         """Prepares for matmuls in 8 bits; weights in 16 bits stay in them."""
@@ -199,13 +199,20 @@ def padded_matrices(wrapper: ExpertsWrapper, adapter: str, dtype: torch.dtype) -
 
 
 def _read_weights(experts: nn.Module, layout: ExpertsLayout, projection: str) -> FrozenExperts:
+    shape, quantized = layout.projections[projection], None
     if is_stored(experts, projection):
         store = stored_experts(experts)
         assert isinstance(store, QuantizedExperts)
-        tensors = join_projections([store.weight_of(store.unit(unit.name)) for unit in layout.units_of(projection)])
+        units = [store.unit(unit.name) for unit in layout.units_of(projection)]
+        weights = [store.weight_of(unit) for unit in units]
+        if any(unit.is_sharded for unit in units):
+            tensors = join_projections(weights)
+        else:
+            quantized = QuantizedProjections.register(weights)
+            tensors = [weights[0].packed]
     else:
         tensors = [expert_weight(experts, projection, getattr(experts, projection).dtype).detach()]
-    return FrozenExperts(tensors, *layout.projections[projection], is_interleaved=layout.is_interleaved)
+    return FrozenExperts(tensors, *shape, is_interleaved=layout.is_interleaved, quantized=quantized)
 
 
 def _find_sharded(experts: nn.Module, layout: ExpertsLayout) -> dict[str, list[QuantizedUnit]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, can_join, join, read_quantized_weight
-from qlora.step.kernels.dequantize import unread
+from qlora.step.kernels.dequantize import register, unread
 from qlora.step.kernels.dropout import keep_mask
 from qlora.step.kernels.fused_linear import GroupedLinear
 from qlora.step.part import ConfiguredPart, Request, StepContext
@@ -72,9 +72,11 @@ class LinearGroup:
         weights = [weight_of(layer) for layer in self.layers]
         self.rows = [quant_state(weight).shape[0] for weight in weights]
         self.codes: QuantizedWeight = join(weights)
+        self._is_sharded = isinstance(weights[0], DTensor)
+        if not self._is_sharded:
+            self.codes = register(self.codes.packed, self.codes)
         self.columns = self.codes.columns
         self._packed, *self._constants = self.codes.tensors()
-        self._is_sharded = isinstance(weights[0], DTensor)
         self.weight_scale: Tensor | None = None
         """With 8-bit matmuls, the factor with which the weights fill the range of e4m3: float32 [1]."""
         self.scales: Tensor | None = None
@@ -83,9 +85,13 @@ class LinearGroup:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors of the layers' `QuantizedWeight`; of sharded layers, the whole weights as they are now."""
-        packed = [layer.weight for layer in self.layers] if self._is_sharded else [self._packed]
-        return [*packed, *self._constants]
+        """The packed bytes of the layers, by which operators find the rest.
+
+        Of sharded layers, all tensors of their `QuantizedWeight`, with the whole weights as they are now.
+        """
+        if not self._is_sharded:
+            return [self._packed]
+        return [*(weight_of(layer) for layer in self.layers), *self._constants]
 
     @contextlib.contextmanager
     def unread(self) -> Iterator[None]:
