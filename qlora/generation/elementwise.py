@@ -34,10 +34,11 @@ def fused_elementwise(model: nn.Module) -> Iterator[None]:
                 if "forward" not in module.__dict__ and (forward := _find_norm(module) or _find_gate(module)):
                     module.__dict__["forward"] = forward
                     replaced.append(module)
+            device = _device_of(model)
             for code in {sys.modules[type(module).__module__] for module in model.modules()}:
-                if _is_rotary(code, _device_of(model)):
+                if _is_rotary(code, device):
                     stack.callback(setattr, code, ROTARY, getattr(code, ROTARY))
-                    setattr(code, ROTARY, _fuse_rotary(getattr(code, ROTARY)))
+                    setattr(code, ROTARY, _fuse_rotary(getattr(code, ROTARY), device))
         yield
 
 
@@ -129,13 +130,15 @@ def _is_rotary(code: ModuleType, device: torch.device) -> bool:
     return all(_is_same(*pair) for pair in zip(actual, rotate_plainly(q, k, cos, sin), strict=True))
 
 
-def _fuse_rotary(own: Callable[..., Any]) -> Callable[..., Any]:
+def _fuse_rotary(own: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Returns the function for decode steps on one device; anything else, of another model too, is left to `own`."""
+
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         shape = len(q), 1, q.shape[-1]
         is_step = q.dim() == 4 and q.shape[2] == 1 and cos.shape == sin.shape == shape and len(k) == len(q)
         are_alike = len({tensor.dtype for tensor in (q, k, cos, sin)}) == 1 and q.shape[-1] == k.shape[-1]
         are_dense = all(tensor.stride(-1) == 1 for tensor in (q, k, cos, sin))
-        if args or kwargs or torch.is_grad_enabled() or not (q.is_cuda and is_step and are_alike and are_dense):
+        if args or kwargs or torch.is_grad_enabled() or not (q.device == device and is_step and are_alike and are_dense):
             return own(q, k, cos, sin, *args, **kwargs)
         from qlora.generation.kernels.elementwise import rotate  # Triton is there with CUDA only
 
