@@ -18,7 +18,11 @@ from torch.nn.functional import gelu, silu
 
 ROTARY = "apply_rotary_pos_emb"
 """The function of transformers' modelling modules that turns queries and keys, looked up whenever attention computes."""
-NORM_KINDS = ({"offset": False, "rounded": True}, {"offset": True, "rounded": False}, {"offset": False, "rounded": False})
+NORM_KINDS = (
+    {"offset": False, "rounded": True},
+    {"offset": True, "rounded": False},
+    {"offset": False, "rounded": False},
+)
 """How models multiply by the weight of a norm: after rounding, by one more, before rounding."""
 GATES = {"silu": silu, "gelu": lambda x: gelu(x, approximate="tanh")}
 
@@ -73,7 +77,9 @@ def _find_norm(module: nn.Module) -> Callable[..., Tensor] | None:
     own = module.forward
     x = _trial(3, len(weight), dtype=weight.dtype, device=weight.device)
     expected = _try(own, x)
-    kind = next((kind for kind in NORM_KINDS if _is_same(expected, normalise_plainly(x, weight, epsilon, **kind))), None)
+    kind = next(
+        (kind for kind in NORM_KINDS if _is_same(expected, normalise_plainly(x, weight, epsilon, **kind))), None
+    )
     if kind is None:
         return None
     dtype = weight.dtype
@@ -97,13 +103,17 @@ def _find_gate(module: nn.Module) -> Callable[..., Tensor] | None:
         return None
     own, like = module.forward, next(module.gate_proj.parameters())
     sample = _trial(64, dtype=torch.float32, device=like.device)
-    activation = next((name for name, plain in GATES.items() if _is_same(_try(gated.act_fn, sample), plain(sample))), None)
+    activation = next(
+        (name for name, plain in GATES.items() if _is_same(_try(gated.act_fn, sample), plain(sample))), None
+    )
     width = getattr(gated.gate_proj, "in_features", None)
     if activation is None or width is None:
         return None
     dtype = like.dtype if like.is_floating_point() else torch.bfloat16
     x = _trial(2, width, dtype=dtype, device=like.device)
-    if not _is_same(_try(own, x), _try(lambda x: gated.down_proj(gated.act_fn(gated.gate_proj(x)) * gated.up_proj(x)), x)):
+    if not _is_same(
+        _try(own, x), _try(lambda x: gated.down_proj(gated.act_fn(gated.gate_proj(x)) * gated.up_proj(x)), x)
+    ):
         return None
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -138,7 +148,12 @@ def _fuse_rotary(own: Callable[..., Any], device: torch.device) -> Callable[...,
         is_step = q.dim() == 4 and q.shape[2] == 1 and cos.shape == sin.shape == shape and len(k) == len(q)
         are_alike = len({tensor.dtype for tensor in (q, k, cos, sin)}) == 1 and q.shape[-1] == k.shape[-1]
         are_dense = all(tensor.stride(-1) == 1 for tensor in (q, k, cos, sin))
-        if args or kwargs or torch.is_grad_enabled() or not (q.device == device and is_step and are_alike and are_dense):
+        if (
+            args
+            or kwargs
+            or torch.is_grad_enabled()
+            or not (q.device == device and is_step and are_alike and are_dense)
+        ):
             return own(q, k, cos, sin, *args, **kwargs)
         from qlora.generation.kernels.elementwise import rotate  # Triton is there with CUDA only
 
@@ -163,8 +178,11 @@ def _try(function: Callable[..., Any], *inputs: Tensor) -> Any:
 
 
 def _is_same(actual: Any, expected: Any) -> bool:
-    return isinstance(actual, Tensor) and isinstance(expected, Tensor) and actual.dtype is expected.dtype and bool(
-        torch.equal(actual, expected)
+    return (
+        isinstance(actual, Tensor)
+        and isinstance(expected, Tensor)
+        and actual.dtype is expected.dtype
+        and bool(torch.equal(actual, expected))
     )
 
 

@@ -14,7 +14,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, can_join, decode_plain, join, read_quantized_weight
+from qlora.quantization.bnb4.quantized_weight import (
+    QuantizedWeight,
+    can_join,
+    decode_plain,
+    join,
+    read_quantized_weight,
+)
 from qlora.step.kernels.dequantize import dequantize
 from qlora.step.kernels.fused_linear import linear as multiply_decoding
 from qlora.step.parts.fused_linear import SAME_INPUT

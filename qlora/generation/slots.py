@@ -174,7 +174,9 @@ def _attend_prompts(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, 
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: Kind) -> Tensor:
     """Returns the attention of a decode step: the twin of the kernel."""
     rows, heads, _, width = query.shape
-    grouped = query.to(key.dtype).reshape(rows, key.shape[1], -1, width)  # the heads that share keys and values are like tokens
+    grouped = query.to(key.dtype).reshape(
+        rows, key.shape[1], -1, width
+    )  # the heads that share keys and values are like tokens
     scores = kind.scores(grouped @ key.transpose(2, 3)) + slot_pass.mask(kind.window)
     sinks = None if kind.sinks is None else kind.sinks.view(key.shape[1], -1, 1)
     return (_softmax(scores, sinks).to(value.dtype) @ value).reshape(rows, 1, heads, -1)

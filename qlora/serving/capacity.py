@@ -82,4 +82,3 @@ def plan_capacity(config: ServeConfig, slots: Slots, model: torch.nn.Module, *, 
         )
     note = f"{fit} in place of {config.slots} slots: {takes}, and {format_bytes(free)} are free"
     return Capacity(context, fit, note)
-

@@ -140,7 +140,9 @@ def test_a_batch_that_does_not_fit_is_made_smaller_and_said(
     model = randomised(build("llama")).eval()
     settings = model.config
     token = 2 * 4 * settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim
-    config = GenerationConfig(max_new_tokens=7, batch_size=4, weights=compose(["generation.weights=4bit"]).generation.weights)
+    config = GenerationConfig(
+        max_new_tokens=7, batch_size=4, weights=compose(["generation.weights=4bit"]).generation.weights
+    )
     slots = Slots(config, CPU, torch.float32, contextlib.nullcontext)
     asked = prompts(6)
     monkeypatch.setattr(answering, "free_bytes", lambda device: int(2.5 * 27 * token / answering.SHARE))
@@ -149,7 +151,9 @@ def test_a_batch_that_does_not_fit_is_made_smaller_and_said(
         ((_, given, _),) = answer_batches(slots, model, batches, end_ids=[2], seed=0, length=27)
     assert given == [alone(model, prompt, 7) for prompt in asked]
     (record,) = caplog.records
-    assert record.message.startswith("2 rows are answered together, not generation.batch_size=4: keys and values of 27 ")
+    assert record.message.startswith(
+        "2 rows are answered together, not generation.batch_size=4: keys and values of 27 "
+    )
     monkeypatch.setattr(answering, "free_bytes", lambda device: token)
     with pytest.raises(ResourceError, match=r"generation: keys and values .* set a smaller generation\.max_new_tokens"):
         next(answer_batches(slots, model, batches, end_ids=[2], seed=0, length=27))

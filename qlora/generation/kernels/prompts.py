@@ -32,7 +32,9 @@ def _prompt_kernel(
     is_query, is_wide, is_value_wide = queries < length, wide < width, value_wide < value_width
     token = (start + queries).to(tl.int64)
     asked = tl.load(
-        q + token[:, None] * q_token + head * q_head + wide[None, :], mask=is_query[:, None] & is_wide[None, :], other=0.0
+        q + token[:, None] * q_token + head * q_head + wide[None, :],
+        mask=is_query[:, None] & is_wide[None, :],
+        other=0.0,
     ).to(k.dtype.element_ty)
     shared = head // group
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
