@@ -194,7 +194,7 @@ def to_table(results: list[dict[str, Any]]) -> str:
 def run_apart(task: dict[str, Any]) -> list[dict[str, Any]]:
     """Does a task in a process of its own; returns what it measured, or the end of what it said when it failed."""
     command = [sys.executable, __file__, "--worker", json.dumps(task)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         return [{"failure": said[-1] if said else "no message"}]

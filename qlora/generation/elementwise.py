@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 ROTARY = "apply_rotary_pos_emb"
-"""The function of transformers' modelling modules that turns queries and keys, looked up whenever attention computes."""
+"""The function of transformers' modelling modules that turns queries and keys; attention looks it up in each pass."""
 NORM_KINDS = (
     {"offset": False, "rounded": True},
     {"offset": True, "rounded": False},
@@ -74,6 +74,7 @@ def _find_norm(module: nn.Module) -> Callable[..., Tensor] | None:
         return None
     if weight.dim() != 1 or not weight.is_floating_point():
         return None
+    own_module: Any = module
     own = module.forward
     x = _trial(3, len(weight), dtype=weight.dtype, device=weight.device)
     expected = _try(own, x)
@@ -89,7 +90,7 @@ def _find_norm(module: nn.Module) -> Callable[..., Tensor] | None:
             return own(hidden, *args, **kwargs)
         from qlora.generation.kernels.elementwise import normalise  # Triton is there with CUDA only
 
-        return normalise(hidden, module.weight, epsilon, **kind)
+        return normalise(hidden, own_module.weight, epsilon, **kind)
 
     return forward
 
@@ -101,7 +102,7 @@ def _find_gate(module: nn.Module) -> Callable[..., Tensor] | None:
     gated: Any = module
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "act_fn")):
         return None
-    own, like = module.forward, next(module.gate_proj.parameters())
+    own, like = module.forward, next(gated.gate_proj.parameters())
     sample = _trial(64, dtype=torch.float32, device=like.device)
     activation = next(
         (name for name, plain in GATES.items() if _is_same(_try(gated.act_fn, sample), plain(sample))), None
