@@ -1,11 +1,13 @@
-"""Times the decoding of answers with an adapter attached to a 4-bit base: by slots, and by transformers' own loop.
+"""Times the decoding of answers with an adapter attached to a 4-bit base: by slots, by transformers' own loop, and by
+Unsloth where it is installed.
 
-    python benchmarks/generation.py [--model llama-7b] [--batches 1 16 64] [--prompt 128] [--tokens 128] [--small]
-                                    [--contestants slots transformers] [--json FILE] [-- KEY=VALUE]
+    python benchmarks/generation.py [--model llama-7b] [--batches 1 16 64 256] [--prompts 128 2048] [--tokens 128]
+                                    [--contestants slots transformers] [--small] [--json FILE] [-- KEY=VALUE]
 
-Random weights in NF4 with double quantization, adapters of rank 64 on all linear layers, greedy; no token ends an
-answer. Each contestant is a process of its own and answers random prompts of the same length twice; the second time
-counts. The first token, with the reading of prompts, is timed apart from the steps that decode one token of each row.
+Random weights in NF4 with double quantization, adapters of rank 64 on all linear layers (of a mixture of experts 16, on
+its experts too), greedy; no token ends an answer. Each contestant is a process of its own and answers random prompts of
+the same length twice; the second time counts. The first token, with the reading of prompts, is timed apart from the
+steps that decode one token of each row. Unsloth loads the same weights from a checkpoint, which is written first.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +30,92 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
-from step import small_shape  # noqa: E402
+from step import is_mixture, small_shape  # noqa: E402
 
 EVERY = ["model.weights=random", "model.tokenizer=tiny", "lora.r=64", "lora.dropout=0", "data=demo", "recipe=none"]
+ADAPTED_EXPERTS = ["lora.r=16", "lora.experts=all", "lora.expert_r=16"]
+UNSLOTH = "unsloth"
 CONTESTANTS = {
     "slots": ["generation.loop=slots", "generation.weights=16bit"],
     "slots, 4 bits": ["generation.loop=slots", "generation.weights=4bit"],
     "transformers": ["generation.loop=transformers"],
+    UNSLOTH: [],
 }
+Answer = Callable[[list[list[int]], int], dict[str, Any]]
+"""Answers prompts with a number of tokens, and returns what `measure` collects."""
 
 
-def measure(overrides: list[str], batches: list[int], prompt: int, tokens: int) -> list[dict[str, Any]]:
-    """Answers batches of prompts in this process; returns the times and the memory of each batch size."""
+def measure(
+    overrides: list[str], batches: list[int], prompts: list[int], tokens: int, base: str | None = None
+) -> list[dict[str, Any]]:
+    """Answers batches of prompts in this process; returns the times and the memory of each batch size and length.
+
+    With `base`, Unsloth answers with the checkpoint in that folder.
+    """
     import numpy as np
+    import torch
 
     from qlora.config.compose import compose
     from qlora.evaluation.measure import evaluation_mode
-    from qlora.generation.answering import Slots
-    from qlora.run import Run
-    from qlora.runtime.device import device_name, peak_memory_gb, reset_peak_memory
+    from qlora.quantization.placement import find_placement
+    from qlora.runtime.device import device_name, find_device, peak_memory_gb, reset_peak_memory
 
     config = compose([*EVERY, *overrides, f"generation.max_new_tokens={tokens}", f"generation.min_new_tokens={tokens}"])
+    device = find_device(config.device)
+    vocabulary = config.model.architecture.vocab_size if config.model.architecture else 1600
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        session = Run(config, folder).session
-        model = session.add_adapter(session.load_base())
-        placement, device = session.placement, session.placement.device
-        vocabulary = config.model.architecture.vocab_size if config.model.architecture else 1600
-        slots = Slots(config.generation, device, placement.compute_dtype, placement.autocast)
-        results = []
+        if base is None:
+            model, answer = load(config, folder)
+        else:
+            model, answer = load_unsloth(
+                base, config, find_placement(config.quantization, device), max(prompts) + tokens
+            )
         with evaluation_mode(model):
-            reason = slots.unsupported_reason(model)
-            for size in batches:
-                prompts = np.random.default_rng(size).integers(3, vocabulary, (size, prompt)).tolist()
-                answer = answer_by_transformers if reason is not None else answer_by_slots
-                reset_peak_memory(device)
-                timed = [answer(slots, model, prompts, tokens) for _ in range(2)][1]
-                memory = {"peak_gb": peak_memory_gb(device), "device": device_name(device)}
-                results.append({"batch": size, **timed, **memory})
+            for length in prompts:
+                for size in batches:
+                    asked = np.random.default_rng(size).integers(3, vocabulary, (size, length)).tolist()
+                    reset_peak_memory(device)
+                    try:
+                        measured = answer(asked, tokens)
+                    except torch.OutOfMemoryError:
+                        measured = {"failure": "does not fit"}
+                    memory = {"peak_gb": peak_memory_gb(device), "device": device_name(device)}
+                    results.append({"batch": size, "prompt": length, **measured, **memory})
+                    print(results[-1], file=sys.stderr, flush=True)
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
     return results
+
+
+def load(config: Any, folder: str) -> tuple[Any, Answer]:
+    """Returns the model of a config, and what answers with it."""
+    from qlora.evaluation.measure import evaluation_mode
+    from qlora.generation.answering import Slots
+    from qlora.run import Run
+
+    session = Run(config, folder).session
+    model = session.add_adapter(session.load_base())
+    placement = session.placement
+    slots = Slots(config.generation, placement.device, placement.compute_dtype, placement.autocast)
+    with evaluation_mode(model):
+        reason = slots.unsupported_reason(model)
+    if reason is None:
+        return model, lambda prompts, tokens: answer_by_slots(slots, model, prompts, tokens)
+    return model, lambda prompts, tokens: answer_by_loop(slots, model, prompts, tokens)
+
+
+def load_unsloth(base: str, config: Any, placement: Any, length: int) -> tuple[Any, Answer]:
+    """Returns the saved base with an adapter as Unsloth answers with it."""
+    from rivals import load_model
+    from unsloth import FastLanguageModel
+
+    from qlora.generation.answering import Slots
+
+    model, _ = load_model(UNSLOTH, base, config, placement, max_seq_length=length)
+    FastLanguageModel.for_inference(model)
+    slots = Slots(config.generation, placement.device, placement.compute_dtype, placement.autocast)
+    return model, lambda prompts, tokens: answer_by_loop(slots, model, prompts, tokens)
 
 
 def _seconds(device: Any) -> float:
@@ -72,28 +126,38 @@ def _seconds(device: Any) -> float:
     return time.perf_counter()
 
 
-def answer_by_slots(slots: Any, model: Any, prompts: list[list[int]], tokens: int) -> dict[str, float]:
+def answer_by_slots(slots: Any, model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     """Returns the seconds to the first token, and the tokens a second of the steps after it."""
     import torch
 
+    from qlora.errors import ResourceError
     from qlora.generation.engine import Engine
     from qlora.generation.sampling import Sampler
 
-    engine = Engine(model, Sampler(slots.config, []), slots=len(prompts), length=len(prompts[0]) + tokens)
-    for index, prompt in enumerate(prompts):
-        engine.add(index, prompt)
+    length = len(prompts[0]) + tokens
+    slots = replace(slots, config=replace(slots.config, batch_size=len(prompts)))
     with slots.serving(model), torch.inference_mode(), slots.autocast():
-        started = _seconds(slots.device)
-        while engine.waiting:
-            engine.step()
-        first = _seconds(slots.device)
-        while engine.is_busy:
-            engine.step()
-        ended = _seconds(slots.device)
+        try:
+            fit = slots.fit_rows(model, length)
+        except ResourceError:
+            fit = 0
+        if fit < len(prompts):
+            return {"failure": f"{fit} rows fit"}
+        engine = Engine(model, Sampler(slots.config, []), slots=len(prompts), length=length)
+        for _ in range(2):
+            for index, prompt in enumerate(prompts):
+                engine.add(index, prompt)
+            started = _seconds(slots.device)
+            while engine.waiting:
+                engine.step()
+            first = _seconds(slots.device)
+            while engine.is_busy:
+                engine.step()
+            ended = _seconds(slots.device)
     return {"first_token_seconds": first - started, "tokens_per_second": len(prompts) * (tokens - 1) / (ended - first)}
 
 
-def answer_by_transformers(slots: Any, model: Any, prompts: list[list[int]], tokens: int) -> dict[str, float]:
+def answer_by_loop(slots: Any, model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     """Returns the same with transformers' loop; the first token is timed by a loop of one."""
     import torch
 
@@ -110,30 +174,25 @@ def answer_by_transformers(slots: Any, model: Any, prompts: list[list[int]], tok
             generate(model, inputs, generation_config=settings)
         return _seconds(slots.device) - started
 
-    first = run(1)
-    return {"first_token_seconds": first, "tokens_per_second": len(prompts) * (tokens - 1) / (run(tokens) - first)}
+    first, whole = [(run(1), run(tokens)) for _ in range(2)][1]
+    return {"first_token_seconds": first, "tokens_per_second": len(prompts) * (tokens - 1) / (whole - first)}
 
 
 def to_table(results: list[dict[str, Any]]) -> str:
     """Returns a table of the measurements, in their order."""
-    lines = [["contestant", "batch", "tokens/s", "first token, s", "peak, GB"], ["---", *["---:"] * 4]]
+    lines = [["contestant", "prompt", "batch", "tokens/s", "first token, s", "peak, GB"], ["---", *["---:"] * 5]]
     for result in results:
-        numbers = (
-            [result["failure"], "", "", ""]
-            if "failure" in result
-            else [
-                f"{result['batch']}",
-                f"{result['tokens_per_second']:,.0f}",
-                f"{result['first_token_seconds']:.3f}",
-                f"{result['peak_gb']:.1f}",
-            ]
-        )
-        lines.append([result["contestant"], *numbers])
+        about = [f"{result[name]}" if name in result else "" for name in ("prompt", "batch")]
+        numbers = [result.get("failure", ""), "", ""]
+        if "failure" not in result:
+            speed, first = result["tokens_per_second"], result["first_token_seconds"]
+            numbers = [f"{speed:,.0f}", f"{first:.3f}", f"{result['peak_gb']:.1f}"]
+        lines.append([result["contestant"], *about, *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def run_apart(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures in a process of its own; returns what it measured, or the end of what it said when it failed."""
+    """Does a task in a process of its own; returns what it measured, or the end of what it said when it failed."""
     command = [sys.executable, __file__, "--worker", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -143,12 +202,37 @@ def run_apart(task: dict[str, Any]) -> list[dict[str, Any]]:
     return output
 
 
+def work(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """Does a task in this process."""
+    if task.pop("save", False):
+        from rivals import save_base
+
+        save_base(task["base"], task["overrides"])
+        return []
+    if "base" in task:
+        os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(task["base"]).with_name("unsloth_compiled_cache"))
+        import unsloth  # noqa: F401  (before all that it changes)
+    return measure(**task)
+
+
+def run_contestant(name: str, shape: list[str], sizes: dict[str, Any], base: str) -> list[dict[str, Any]]:
+    """Returns what a contestant's process measured, or why it did not run."""
+    overrides = [*shape, *CONTESTANTS[name]]
+    if name != UNSLOTH:
+        return run_apart({"overrides": overrides, **sizes})
+    if find_spec(UNSLOTH) is None:
+        return [{"failure": "not installed"}]
+    failed = run_apart({"save": True, "base": base, "overrides": overrides})
+    return failed or run_apart({"base": base, "overrides": overrides, **sizes})
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-7b", help="a preset")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 2048], help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--small", action="store_true", help="a narrow model, for a try on a CPU")
@@ -157,18 +241,20 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as on qlora's own command line")
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(measure(**json.loads(arguments.worker))))
+        print(json.dumps(work(json.loads(arguments.worker))))
         return
     shape = [f"model={arguments.model}", *(small_shape(arguments.model) if arguments.small else [])]
+    shape += [*(ADAPTED_EXPERTS if is_mixture(shape) else []), *arguments.overrides]
+    sizes = {"batches": arguments.batches, "prompts": arguments.prompts, "tokens": arguments.tokens}
     about = f"{datetime.date.today()}, {describe_machine()}, {describe_versions('peft', 'bitsandbytes')}"
     results: list[dict[str, Any]] = []
-    for name in arguments.contestants:
-        overrides = [*shape, *CONTESTANTS[name], *arguments.overrides]
-        sizes = {"batches": arguments.batches, "prompt": arguments.prompt, "tokens": arguments.tokens}
-        results += [{"contestant": name, **result} for result in run_apart({"overrides": overrides, **sizes})]
-        print(results[-1], file=sys.stderr, flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps({"about": about, "results": results}, indent=2), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.contestants:
+            measured = run_contestant(name, shape, sizes, str(Path(folder) / "base"))
+            results += [{"contestant": name, **result} for result in measured]
+            print(*measured, sep="\n", file=sys.stderr, flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps({"about": about, "results": results}, indent=2), encoding="utf-8")
     devices = {result["device"] for result in results if "device" in result}
     print("\n\n".join([", ".join([about, *sorted(devices)]), to_table(results)]))
 

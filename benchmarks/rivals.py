@@ -58,7 +58,7 @@ def save_base(base: str, overrides: list[str]) -> None:
         run.tokenizer.save_pretrained(base)
 
 
-def load_model(package: str, base: str, config: Any, placement: Any) -> tuple[Any, Any]:
+def load_model(package: str, base: str, config: Any, placement: Any, max_seq_length: int = LONG) -> tuple[Any, Any]:
     """Returns the saved base with a fresh adapter, as the package builds it, and PEFT's config if it still has none."""
     if package == "unsloth":
         from unsloth import FastLanguageModel
@@ -66,7 +66,7 @@ def load_model(package: str, base: str, config: Any, placement: Any) -> tuple[An
         again = "unsloth" if config.trainer.gradient_checkpointing else False
         model, _ = FastLanguageModel.from_pretrained(
             base,
-            max_seq_length=LONG,
+            max_seq_length=max_seq_length,
             dtype=placement.param_dtype,
             load_in_4bit=True,
             use_gradient_checkpointing=again,

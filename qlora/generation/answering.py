@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -90,7 +90,9 @@ class Slots:
     def _matmuls(self, model: torch.nn.Module, *, decoded: bool) -> Iterator[None]:
         if self.device.type == "cuda":
             linears = decoded_linears if decoded else packed_linears
-            with linears(model, self.dtype), served_experts(model, self.dtype, decoded=decoded):
+            is_exact = self.dtype is torch.float32  # kernels of experts round inputs to 19 bits
+            experts = nullcontext() if is_exact else served_experts(model, self.dtype, decoded=decoded)
+            with linears(model, self.dtype), experts:
                 yield
         elif decoded:
             with decoded_linears(model, self.dtype):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 ROTARY = "apply_rotary_pos_emb"
-"""The function of transformers' modelling modules that turns queries and keys, looked up whenever attention computes."""
+"""The function of transformers' modelling modules that turns queries and keys; attention looks it up in each pass."""
 NORM_KINDS = (
     {"offset": False, "rounded": True},
     {"offset": True, "rounded": False},
@@ -38,10 +38,11 @@ def fused_elementwise(model: nn.Module) -> Iterator[None]:
                 if "forward" not in module.__dict__ and (forward := _find_norm(module) or _find_gate(module)):
                     module.__dict__["forward"] = forward
                     replaced.append(module)
+            device = _device_of(model)
             for code in {sys.modules[type(module).__module__] for module in model.modules()}:
-                if _is_rotary(code, _device_of(model)):
+                if _is_rotary(code, device):
                     stack.callback(setattr, code, ROTARY, getattr(code, ROTARY))
-                    setattr(code, ROTARY, _fuse_rotary(getattr(code, ROTARY)))
+                    setattr(code, ROTARY, _fuse_rotary(getattr(code, ROTARY), device))
         yield
 
 
@@ -73,6 +74,7 @@ def _find_norm(module: nn.Module) -> Callable[..., Tensor] | None:
         return None
     if weight.dim() != 1 or not weight.is_floating_point():
         return None
+    own_module: Any = module
     own = module.forward
     x = _trial(3, len(weight), dtype=weight.dtype, device=weight.device)
     expected = _try(own, x)
@@ -88,7 +90,7 @@ def _find_norm(module: nn.Module) -> Callable[..., Tensor] | None:
             return own(hidden, *args, **kwargs)
         from qlora.generation.kernels.elementwise import normalise  # Triton is there with CUDA only
 
-        return normalise(hidden, module.weight, epsilon, **kind)
+        return normalise(hidden, own_module.weight, epsilon, **kind)
 
     return forward
 
@@ -100,7 +102,7 @@ def _find_gate(module: nn.Module) -> Callable[..., Tensor] | None:
     gated: Any = module
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "act_fn")):
         return None
-    own, like = module.forward, next(module.gate_proj.parameters())
+    own, like = module.forward, next(gated.gate_proj.parameters())
     sample = _trial(64, dtype=torch.float32, device=like.device)
     activation = next(
         (name for name, plain in GATES.items() if _is_same(_try(gated.act_fn, sample), plain(sample))), None
@@ -139,13 +141,20 @@ def _is_rotary(code: ModuleType, device: torch.device) -> bool:
     return all(_is_same(*pair) for pair in zip(actual, rotate_plainly(q, k, cos, sin), strict=True))
 
 
-def _fuse_rotary(own: Callable[..., Any]) -> Callable[..., Any]:
+def _fuse_rotary(own: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Returns the function for decode steps on one device; anything else, of another model too, is left to `own`."""
+
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         shape = len(q), 1, q.shape[-1]
         is_step = q.dim() == 4 and q.shape[2] == 1 and cos.shape == sin.shape == shape and len(k) == len(q)
         are_alike = len({tensor.dtype for tensor in (q, k, cos, sin)}) == 1 and q.shape[-1] == k.shape[-1]
         are_dense = all(tensor.stride(-1) == 1 for tensor in (q, k, cos, sin))
-        if args or kwargs or torch.is_grad_enabled() or not (q.is_cuda and is_step and are_alike and are_dense):
+        if (
+            args
+            or kwargs
+            or torch.is_grad_enabled()
+            or not (q.device == device and is_step and are_alike and are_dense)
+        ):
             return own(q, k, cos, sin, *args, **kwargs)
         from qlora.generation.kernels.elementwise import rotate  # Triton is there with CUDA only
 

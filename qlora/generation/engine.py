@@ -1,7 +1,7 @@
 """Answers many prompts at once: rows that end make room for others.
 
-On a GPU the host is a step ahead: it asks for the next step of all rows, and then looks at the tokens of the one before.
-A row that has ended meanwhile computes one token in vain.
+On a GPU the host is a step ahead: it asks for the next step of all rows, and then looks at the tokens of the one
+before. A row that has ended meanwhile computes one token in vain.
 """
 
 from __future__ import annotations

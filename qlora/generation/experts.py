@@ -1,4 +1,4 @@
-"""The experts of a mixture while a model answers: the kernels of training, which do not ask the host who computes what."""
+"""The experts of a mixture while a model answers: the kernels of training, which do not wait for the host."""
 
 from __future__ import annotations
 

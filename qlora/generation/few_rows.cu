@@ -2,8 +2,8 @@
 //
 // Both kernels multiply 16 rows of a matrix with all rows of x by mma.m16n8k16, whose first operand are the matrix's
 // rows. Which 16 columns one mma takes is free, as long as both operands agree: each thread takes 16 neighbouring
-// columns of a block of 64, so that it reads whole words. x is kept in that order ("fragments"): for each block and each
-// 8 rows, the 16 bytes of each thread, twice. Codes become 16-bit numbers by byte permutations, of their upper bytes
+// columns of a block of 64, so that it reads whole words. x is kept in that order ("fragments"): for each block and
+// each 8 rows, the 16 bytes of each thread, twice. Codes become 16-bit numbers by byte permutations, of their upper bytes
 // (T) and lower bytes (E) apart; a block's absmax multiplies the sum of its products, in 32 bits.
 //
 // Defined before: HALF ("bf16" or "f16"), T0..3 and E0..3 (the codebook), TILES (of 8 rows of x), WARPS, RESIDENT
@@ -44,7 +44,7 @@ __device__ __forceinline__ void decode(u32 codes, u32* pairs) {
   }
 }
 
-// Leaves each warp's sums, [matrix rows, rows of x], where all threads read them.
+// Leaves each warp's sums, [rows of x, rows of the matrix], where all threads read them.
 __device__ __forceinline__ void share(float (&acc)[TILES][4], float (*parts)[TILES * 8][17]) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -112,19 +112,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) multiply(
     u16* __restrict__ out, int rows, int columns, int width, int rank, int slices, int end0, int end1) {
   __shared__ float parts[WARPS][TILES * 8][17];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = blockIdx.x * 16;
-  const int n0 = min(first + g, width - 1), n1 = min(first + g + 8, width - 1);
+  const int n[2] = {min(first + g, width - 1), min(first + g + 8, width - 1)};
   const int blocks = columns / 64, chunks = (blocks + 3) / 4;
-  const uint2* from0 = (const uint2*)(packed + (size_t)n0 * (columns / 2)) + t;
-  const uint2* from1 = (const uint2*)(packed + (size_t)n1 * (columns / 2)) + t;
-  uint2 next0[4], next1[4];
-  auto fetch = [&](int chunk) {
+  uint2 next[2][4];
+  auto fetch = [&](int chunk, int i) {
+    const int block = EVEN ? chunk * 4 + i : min(chunk * 4 + i, blocks - 1);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int block = EVEN ? chunk * 4 + i : min(chunk * 4 + i, blocks - 1);
-      next0[i] = __ldcs(from0 + block * 4), next1[i] = __ldcs(from1 + block * 4);
-    }
+    for (int k = 0; k < 2; k++)
+      next[k][i] = __ldcs((const uint2*)(packed + (size_t)n[k] * (columns / 2)) + block * 4 + t);
   };
-  fetch(min(warp, chunks - 1));
+#pragma unroll
+  for (int i = 0; i < 4; i++) fetch(min(warp, chunks - 1), i);
   __shared__ float levels[256];
   if (NESTED) {
     for (int i = threadIdx.x; i < 256; i += 32 * WARPS) levels[i] = nested_codebook[i];
@@ -133,65 +131,65 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) multiply(
   float acc[TILES][4] = {};
   const int segments = 1 + (end0 < width) + (end1 < width), segment = (first >= end0) + (first >= end1);
   for (int r = warp * 16; r < rank; r += WARPS * 16) {
-    const u32 *b0 = (const u32*)(b + (size_t)n0 * rank + r) + t, *b1 = (const u32*)(b + (size_t)n1 * rank + r) + t;
+    const u32 *b0 = (const u32*)(b + (size_t)n[0] * rank + r) + t, *b1 = (const u32*)(b + (size_t)n[1] * rank + r) + t;
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
       const int m = min(j * 8 + g, rows - 1);
-      const float2* from = (const float2*)(xa + ((size_t)m * segments + segment) * rank + r) + t;
+      const float2* part = (const float2*)(xa + ((size_t)m * segments + segment) * rank + r) + t;
       float2 u = {}, v = {};
 #pragma unroll 8
-      for (int slice = 0; slice < slices; slice++, from += rows * segments * rank / 2) {
-        const float2 more = from[0], last = from[4];
+      for (int slice = 0; slice < slices; slice++, part += rows * segments * rank / 2) {
+        const float2 more = part[0], last = part[4];
         u.x += more.x, u.y += more.y, v.x += last.x, v.y += last.y;
       }
       mma(acc[j], b0[0], b1[0], b0[4], b1[4], round16(u.x) | round16(u.y) << 16, round16(v.x) | round16(v.y) << 16);
     }
   }
-  int group0 = -1, group1 = -1;
-  float scale0 = 0, scale1 = 0, offset0 = 0, offset1 = 0;
+  int group[2] = {-1, -1};
+  float scale[2], offset[2];
   for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-    uint2 codes0[4], codes1[4];
+    u32 bytes[2];
 #pragma unroll
-    for (int i = 0; i < 4; i++) codes0[i] = next0[i], codes1[i] = next1[i];
-    const int at0 = n0 * blocks + chunk * 4, at1 = n1 * blocks + chunk * 4;
-    u32 levels0 = 0, levels1 = 0;
-    if (NESTED && EVEN) levels0 = *(const u32*)((const u8*)absmax + at0), levels1 = *(const u32*)((const u8*)absmax + at1);
-    fetch(min(chunk + WARPS, chunks - 1));
+    for (int k = 0; k < 2; k++)
+      if (NESTED && EVEN) bytes[k] = *(const u32*)((const u8*)absmax + n[k] * blocks + chunk * 4);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int block = chunk * 4 + i;
       if (!EVEN && block >= blocks) break;
-      float absmax0, absmax1;
-      if (NESTED) {
-        if (!EVEN) levels0 = ((const u8*)absmax)[at0 + i] << 8 * i, levels1 = ((const u8*)absmax)[at1 + i] << 8 * i;
-        if (!EVEN || i == 0) {  // a group of 256 absmax values ends with a chunk, where rows have whole chunks
-          if (at0 + i >> 8 != group0) group0 = at0 + i >> 8, scale0 = nested_absmax[group0], offset0 = nested_offset[group0];
-          if (at1 + i >> 8 != group1) group1 = at1 + i >> 8, scale1 = nested_absmax[group1], offset1 = nested_offset[group1];
+      float top[2];
+      u32 a[2][8];
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const int at = n[k] * blocks + block;
+        if (NESTED) {
+          if (!EVEN) bytes[k] = ((const u8*)absmax)[at] << 8 * i;
+          // A group of 256 absmax values ends with a chunk, where rows have whole chunks.
+          if ((!EVEN || i == 0) && at >> 8 != group[k])
+            group[k] = at >> 8, scale[k] = nested_absmax[at >> 8], offset[k] = nested_offset[at >> 8];
+          top[k] = levels[bytes[k] >> 8 * i & 255] * scale[k] + offset[k];
+        } else {
+          top[k] = ((const float*)absmax)[at];
         }
-        absmax0 = levels[levels0 >> 8 * i & 255] * scale0 + offset0;
-        absmax1 = levels[levels1 >> 8 * i & 255] * scale1 + offset1;
-      } else {
-        absmax0 = ((const float*)absmax)[at0 + i], absmax1 = ((const float*)absmax)[at1 + i];
+        decode(next[k][i].x, a[k]), decode(next[k][i].y, a[k] + 4);
       }
-      u32 a0[8], a1[8];
-      decode(codes0[i].x, a0), decode(codes0[i].y, a0 + 4), decode(codes1[i].x, a1), decode(codes1[i].y, a1 + 4);
+      fetch(min(chunk + WARPS, chunks - 1), i);
 #pragma unroll
       for (int j = 0; j < TILES; j++) {
-        const uint4* from = fragments + (block * TILES + j) * 64 + lane;
-        const uint4 u = from[0], v = from[32];
+        const uint4* read = fragments + (block * TILES + j) * 64 + lane;
+        const uint4 u = read[0], v = read[32];
         float c[4] = {};
-        mma(c, a0[0], a1[0], a0[1], a1[1], u.x, u.y);
-        mma(c, a0[2], a1[2], a0[3], a1[3], u.z, u.w);
-        mma(c, a0[4], a1[4], a0[5], a1[5], v.x, v.y);
-        mma(c, a0[6], a1[6], a0[7], a1[7], v.z, v.w);
-        acc[j][0] += absmax0 * c[0], acc[j][1] += absmax0 * c[1];
-        acc[j][2] += absmax1 * c[2], acc[j][3] += absmax1 * c[3];
+        mma(c, a[0][0], a[1][0], a[0][1], a[1][1], u.x, u.y);
+        mma(c, a[0][2], a[1][2], a[0][3], a[1][3], u.z, u.w);
+        mma(c, a[0][4], a[1][4], a[0][5], a[1][5], v.x, v.y);
+        mma(c, a[0][6], a[1][6], a[0][7], a[1][7], v.z, v.w);
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[j][i] += top[i / 2] * c[i];
       }
     }
   }
   share(acc, parts);
   for (int i = threadIdx.x; i < TILES * 8 * 16; i += 32 * WARPS) {
-    const int m = i / 16, n = first + i % 16;
-    if (m < rows && n < width) out[(size_t)m * width + n] = round16(sum_of(parts, m, i % 16));
+    const int m = i / 16, row = first + i % 16;
+    if (m < rows && row < width) out[(size_t)m * width + row] = round16(sum_of(parts, m, i % 16));
   }
 }

@@ -27,8 +27,9 @@ MEMBERS = 3
 """Most layers that read one input, and have an adapter each."""
 _WIDE = 8192
 """Rows of a weight from which on there are so many blocks that smaller ones are faster."""
-_SLICES, _WARPS = 16, 8
-"""How the product with the A matrices is split: slices of the columns, and warps of a slice."""
+_SLICES, _WARPS = (16, 8, 8, 8), 8
+"""How the product with the A matrices is split: slices of the columns, for up to 8, 16, 24 and 32 rows, and warps of a
+slice. Whoever multiplies with B sums the slices."""
 _NAMES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
 
@@ -53,7 +54,7 @@ def multiply(x: Tensor, weight: QuantizedWeight, a: Tensor | None, b: Tensor | N
     if not x.is_cuda:
         return multiply_plain(x, weight, a, b, members)
     x, tiles, rank = x.contiguous(), -(-len(x) // 8), 0 if b is None else b.shape[1]
-    sizes, width, slices = (len(x), weight.columns), 0 if a is None else len(a), min(_SLICES, weight.columns // BLOCK)
+    sizes, width, slices = (len(x), weight.columns), 0 if a is None else len(a), min(_SLICES[tiles - 1], weight.columns // BLOCK)
     read, kernel, warps = _kernels(weight, x.dtype, tiles)
     xa = torch.empty(slices, len(x), width, dtype=torch.float32, device=x.device)
     fragments = torch.empty(tiles * 8, weight.columns, dtype=x.dtype, device=x.device)

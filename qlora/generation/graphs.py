@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: a GPU runs a whole step at one call of the host.
 
-A graph serves a number of rows (`BUCKETS`) and the adapter that was on when it was captured; the lengths of the rows are
-read on the device. Rows that are missing up to the number of a bucket decode a token at the beginning of free slots.
+A graph serves a number of rows (`BUCKETS`) and the adapter that was on when it was captured; the lengths of the rows
+are read on the device. Rows that are missing up to the number of a bucket decode a token where a free slot begins.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class StepGraphs:
                 current.wait_stream(self._stream)
                 graph = torch.cuda.CUDAGraph()
                 # Other threads, of an endpoint for one, may use the GPU meanwhile.
-                options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-                with torch.cuda.graph(graph, **options):
+                mode = "thread_local"
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                     logits = step(tokens, positions)
         except torch.OutOfMemoryError:
             raise

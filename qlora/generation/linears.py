@@ -42,7 +42,7 @@ class _Group:
         self.rows = [int(_shape_of(layer)[0]) for layer in self.layers]
         self.adapters = [module for module in modules if isinstance(module, LoraLayer)]
         self.names = list(dict.fromkeys(name for module in self.adapters for name in module.lora_A))
-        self.shared: list[nn.Parameter] = []
+        self.shared: list[Tensor] = []
         """Parameters that are views of the group's tensors meanwhile."""
         self.pending: tuple[Tensor, list[Tensor]] | None = None
 
@@ -89,7 +89,7 @@ class _Group:
                 self._share(bias, part)
         return joint
 
-    def _share(self, parameter: nn.Parameter, view: Tensor) -> None:
+    def _share(self, parameter: Tensor, view: Tensor) -> None:
         view.copy_(parameter.detach())
         if parameter.dtype is view.dtype:
             parameter.data = view

@@ -162,13 +162,13 @@ def _attend_prompts(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, 
     assert slot_pass.cu_seqlens is not None
     dtype = _held_dtype(value)
     q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    rows = slot_pass.cu_seqlens, max(slot_pass.lengths)
+    cu_seqlens, max_seqlen = slot_pass.cu_seqlens, max(slot_pass.lengths)
     is_plain = kind.softcap is None and kind.sinks is None and q.shape[2] == v.shape[2]
     if is_plain and dtype.itemsize == 2 and q.shape[2] <= WIDEST_FLASH and q.shape[2] % 8 == 0 and has_varlen():
-        tensors = (tensor.contiguous() for tensor in (q, k, v))
-        return attend_varlen(*tensors, *rows, kind.scaling, kind.window)[None]
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))
+        return attend_varlen(q, k, v, cu_seqlens, max_seqlen, kind.scaling, kind.window)[None]
     options: dict[str, Any] = {"window": kind.window, "softcap": kind.softcap, "sinks": kind.sinks}
-    return attend_rows(q, k, v, *rows, kind.scaling, **options)[None]
+    return attend_rows(q, k, v, cu_seqlens, max_seqlen, kind.scaling, **options)[None]
 
 
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor, slot_pass: Pass, kind: Kind) -> Tensor:

@@ -66,10 +66,9 @@ def _gate_kernel(gate, up, out, width, gate_row, up_row, GELU: tl.constexpr, BLO
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
-    if GELU:  # 0.5 x (1 + tanh(y)) as x sigmoid(2y)
-        active = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        active = x * tl.sigmoid(x)
+    # The tanh form of GELU: 0.5 x (1 + tanh(y)) as x sigmoid(2y).
+    slope = 1.5957691216057308 * (x + 0.044715 * x * x * x) if GELU else x
+    active = x * tl.sigmoid(slope)
     kind = out.dtype.element_ty
     factor = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, (active.to(kind).to(tl.float32) * factor).to(kind), mask=inside)

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class FastExperts:
     """The weights in 4 bits, while they are kept decoded; else nothing."""
 
     @classmethod
-    def of(cls, experts: nn.Module) -> FastExperts:
+    def of(cls, experts: nn.Module) -> Self:
         """Reads them from a module of transformers."""
         layout, adapters = ExpertsLayout.of(experts), experts.__dict__.get(ADAPTERS)
         first, down = (_read_weights(experts, layout, projection) for projection in layout.projections)
