@@ -54,7 +54,11 @@ def multiply(x: Tensor, weight: QuantizedWeight, a: Tensor | None, b: Tensor | N
     if not x.is_cuda:
         return multiply_plain(x, weight, a, b, members)
     x, tiles, rank = x.contiguous(), -(-len(x) // 8), 0 if b is None else b.shape[1]
-    sizes, width, slices = (len(x), weight.columns), 0 if a is None else len(a), min(_SLICES[tiles - 1], weight.columns // BLOCK)
+    sizes, width, slices = (
+        (len(x), weight.columns),
+        0 if a is None else len(a),
+        min(_SLICES[tiles - 1], weight.columns // BLOCK),
+    )
     read, kernel, warps = _kernels(weight, x.dtype, tiles)
     xa = torch.empty(slices, len(x), width, dtype=torch.float32, device=x.device)
     fragments = torch.empty(tiles * 8, weight.columns, dtype=x.dtype, device=x.device)
