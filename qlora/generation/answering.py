@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -32,6 +32,9 @@ ROOM = 2
 """How many times the memory of decoded weights must be free."""
 _reasons: WeakKeyDictionary[torch.nn.Module, dict[tuple[str, torch.dtype], str | None]] = WeakKeyDictionary()
 """Why slots do not serve a model, by what it was asked with: it is tried once, not at each evaluation of a run."""
+
+_smaller: WeakSet[torch.nn.Module] = WeakSet()
+"""The models of which it was said that fewer rows are answered together."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ class Slots:
         )
         if fit < 1:
             raise ResourceError(f"generation: {takes}; set a smaller generation.max_new_tokens or data.max_length")
-        if fit < asked:
+        if fit < asked and model not in _smaller:
+            _smaller.add(model)
             log.warning("%s rows are answered together, not generation.batch_size=%s: %s", fit, asked, takes)
         return min(fit, asked)
 

@@ -88,6 +88,8 @@ class Engine:
         self.model = SlotModel(model, slots=slots, length=length)
         self.ahead = int(self.model.is_ahead)
         """How many passes the model has been asked for before the tokens of the first are looked at, beside it."""
+        self.prefill = PREFILL_ON_GPU if self.model.device.type == "cuda" else PREFILL
+        """Most tokens of prompts in one pass; less once so many did not fit."""
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
         self._flights: deque[_Flight] = deque()
@@ -147,13 +149,19 @@ class Engine:
     def _read(self) -> None:
         begun: list[Request] = []
         tokens, free = 0, self.slots - len(self.active)
-        most = PREFILL_ON_GPU if self.model.device.type == "cuda" else PREFILL
         while self.waiting and len(begun) < free:
             tokens += len(self.waiting[0].prompt)
-            if begun and tokens > most:
+            if begun and tokens > self.prefill:
                 break
             begun.append(self.waiting.popleft())
-        logits = self.model.read([request.prompt for request in begun], first=len(self.active))
+        try:
+            logits = self.model.read([request.prompt for request in begun], first=len(self.active))
+        except torch.OutOfMemoryError:
+            if len(begun) == 1:
+                raise
+            self.waiting.extendleft(reversed(begun))
+            self.prefill = sum(len(request.prompt) for request in begun) // 2
+            return
         self.active += begun
         self._take(begun, logits)
 
@@ -162,7 +170,7 @@ class Engine:
         told = [request.asked for request in requests]
         samplers, uniforms = zip(*((request.sampler, request.uniforms) for request in requests), strict=True)
         tokens = choose_each(samplers, logits, told, uniforms)
-        self._last = torch.cat([self._last, tokens])
+        self._last = torch.cat([self._last, tokens]) if len(self._last) else tokens
         scored = [index for index, request in enumerate(requests) if request.likeliest is not None]
         most = max((request.likeliest or 0 for request in requests), default=0)
         scores = _score(logits, tokens, scored, most) if scored else []

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
-from qlora.generation.transfer import upload
+from qlora.generation.transfer import to_pinned
 from qlora.text import brief_text
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ class StepGraphs:
         rows = len(positions)
         count = bucket(rows, self.slots)
         self.tokens[:rows].copy_(tokens)
-        self.positions[:count].copy_(upload([*positions, *[0] * (count - rows)], self.device))
+        padded = torch.tensor([*positions, *[0] * (count - rows)])
+        self.positions[:count].copy_(to_pinned(padded), non_blocking=True)
         key = count, adapter
         if key not in self.captured and self.is_capturable:
             self._capture(step, *key)
@@ -73,7 +74,7 @@ class StepGraphs:
             raise
         except RuntimeError as error:
             self.is_capturable = False
-            _warn_once(brief_text(str(error)))
+            warn_of_no_graph(brief_text(str(error)))
         else:
             self.captured[count, adapter] = graph, logits
 
@@ -113,5 +114,6 @@ def _set_sync_debug_mode(mode: int | str) -> None:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def warn_of_no_graph(reason: str) -> None:
+    """Says once why decode steps are not captured."""
     log.warning("decode steps run without a CUDA graph, which is slower: %s", reason)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from qlora.config.schema import GenerationConfig
 from qlora.experts.host import WAITING
 from qlora.generation.elementwise import fused_elementwise
-from qlora.generation.graphs import StepGraphs
+from qlora.generation.graphs import StepGraphs, warn_of_no_graph
 from qlora.generation.linears import decoded_linears
 from qlora.generation.slots import NAME, Pass, SlotCache
 from qlora.generation.transfer import upload
@@ -76,7 +76,8 @@ class SlotModel:
         """
         if not self.is_ahead:
             return self._decode(tokens, torch.tensor(lengths, device=self.device), max_length=max(lengths) + 1)
-        if self._waits:  # the host moves the weights of experts in each step
+        if self._waits:
+            warn_of_no_graph("the host copies the weights of experts in each step")
             return self.decode_by_kernel(tokens, upload(lengths, self.device))
         of_model = _graphs[_base_of(self.model)]
         if self not in of_model:

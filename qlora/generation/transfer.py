@@ -12,9 +12,12 @@ from torch import Tensor
 def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Returns numbers as a tensor on a device."""
     tensor = torch.tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)  # a copy from other memory would wait
+    return to_pinned(tensor).to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_pinned(tensor: Tensor) -> Tensor:
+    """Returns a copy in memory that a GPU reads by itself: a copy from any other would wait."""
+    return tensor.pin_memory()
 
 
 class Download:

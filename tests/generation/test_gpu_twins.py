@@ -23,7 +23,7 @@ from qlora.generation.experts import decoded_expert_bytes, served_experts
 from qlora.generation.graphs import bucket
 from qlora.generation.linears import decoded_linears, packed_linears
 from qlora.generation.sampling import Sampler
-from qlora.generation.slot_model import serving
+from qlora.generation.slot_model import SlotModel, serving
 from qlora.upstream.transformers_experts import experts_implementation
 from tests.generation.test_slots import adapted, alone, answers, distance, prompts, randomised
 from tests.models.bases import build, write
@@ -63,6 +63,22 @@ def test_a_row_that_is_cancelled_while_its_token_is_on_its_way_gets_no_more() ->
         assert {request.key for request in engine.answers()} == {1, 2}
     assert len(requests[0].answer) == told
     assert [request.answer for request in requests[1:]] == [alone(model, prompt, 9, [-1]) for prompt in asked[1:]]
+
+
+def test_prompts_that_do_not_fit_together_are_read_by_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = randomised(build("llama")).eval(), prompts(12)
+    read, tried = SlotModel.read, list[int]()
+
+    def read_few(self: SlotModel, given: list[list[int]], *, first: int = 0) -> torch.Tensor:
+        tried.append(sum(len(prompt) for prompt in given))
+        if tried[-1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(self, given, first=first)
+
+    monkeypatch.setattr(SlotModel, "read", read_few)
+    given = answers(model, asked, GenerationConfig(max_new_tokens=4, batch_size=12))
+    assert given == [alone(model, prompt, 4) for prompt in asked]
+    assert tried[0] > 40 >= tried[-1]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"], ["k_proj"]])

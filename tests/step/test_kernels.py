@@ -63,6 +63,11 @@ def test_joint_weights_are_the_same_and_stored_once(nested: bool) -> None:
     for parameter, expected in zip(parameters, dense, strict=True):
         assert torch.equal(dequantize_4bit(parameter.data, parameter.quant_state), expected)
         assert parameter.data.untyped_storage().data_ptr() == joint.packed.untyped_storage().data_ptr()
+    again = join(parameters)
+    assert (again.packed.data_ptr(), again.absmax.data_ptr()) == (joint.packed.data_ptr(), joint.absmax.data_ptr())
+    assert torch.equal(decode_plain(again, torch.float32), torch.cat(dense))
+    other = join(parameters[1:])  # a part of what lies there
+    assert torch.equal(decode_plain(other, torch.float32), torch.cat(dense[1:]))
 
 
 def test_a_weight_is_found_by_its_packed_bytes_as_long_as_a_step_holds_it() -> None:

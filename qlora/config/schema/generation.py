@@ -29,7 +29,8 @@ class GenerationConfig:
     """How answers are generated, in the names of `transformers.GenerationConfig`."""
 
     batch_size: int = 16
-    """Prompts at a time, the longest first."""
+    """Prompts at a time, the longest first; fewer by slots where half of the free memory does not hold their keys and
+    values, which is said."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; null: 256, or what the longest prompt leaves of the model's context if that is less."""
     min_new_tokens: int | None = None
@@ -46,12 +47,12 @@ class GenerationConfig:
     """Reuse keys and values of earlier tokens."""
     loop: Loop = Loop.auto
     """What decodes answers: `slots`, where each row has a place of its own without padding, and a row that ends makes
-    room for the next; `transformers`, its `generate`, by padded batches; `auto`: slots on a CPU, where they serve the
-    model and the options. Slots answer a row as if it were alone; padding rounds otherwise in 16 bits."""
+    room for the next; `transformers`, its `generate`, by padded batches; `auto`: slots on a CPU and on CUDA, where they
+    serve the model and the options. Slots answer a row as if it were alone; padding rounds otherwise in 16 bits."""
     weights: Weights = Weights.auto
     """How slots compute with a 4-bit base: `16bit` decodes it once, to the precision of computation and for the time of
     the answers (the same values; 13 GB for 7 billion parameters), `4bit` for each token; `auto`: once where half of the
-    memory that is free holds it. The adapter stays apart."""
+    memory that is free holds it, on CUDA with the experts of a mixture. The adapter stays apart."""
     temperature: float = 1.0
     """Divides the logits before sampling."""
     top_k: int = 50

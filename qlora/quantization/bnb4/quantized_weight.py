@@ -112,8 +112,8 @@ def can_join(weights: Sequence[QuantizedWeight]) -> bool:
 def join(weights: Sequence[Tensor]) -> QuantizedWeight:
     """Stacks 4-bit weights of bitsandbytes by rows and returns them as one.
 
-    The weights become views of the joint storage, so that nothing is stored twice. Sharded weights keep their storage,
-    and `packed` is empty.
+    The weights become views of the joint storage, so that nothing is stored twice; joined again, they stay where they
+    are. Sharded weights keep their storage, and `packed` is empty.
     """
     parts = [part for weight in weights if (part := read_quantized_weight(weight)) is not None]
     is_sharded = isinstance(weights[0], DTensor)
@@ -124,7 +124,7 @@ def join(weights: Sequence[Tensor]) -> QuantizedWeight:
     assert len(parts) == len(weights)
     assert can_join(parts)
     packed, absmax, nested_absmax, nested_offset = (
-        torch.cat([getattr(part, name) for part in parts])
+        _join_flat([getattr(part, name) for part in parts])
         for name in ("packed", "absmax", "nested_absmax", "nested_offset")
     )
     views = zip(
@@ -145,6 +145,17 @@ def join(weights: Sequence[Tensor]) -> QuantizedWeight:
     return QuantizedWeight(
         packed, absmax, first.codebook, first.nested_codebook, nested_absmax, nested_offset, rows, first.columns
     )
+
+
+def _join_flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns tensors of one dimension as one, without copying those that lie one behind the other in one storage."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        is_next = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not is_next or tensor.storage_offset() != end or not tensor.is_contiguous():
+            return torch.cat(list(tensors))
+        end += tensor.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
 
 
 def decode_absmax(weight: QuantizedWeight) -> Tensor:
