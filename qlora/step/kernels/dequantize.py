@@ -43,7 +43,7 @@ def register(packed: Tensor, weight: Weight) -> Weight:
     """Lets operators find a weight by its packed bytes alone, as long as what this returns is there.
 
     It is this weight, or what was registered for the same bytes before. Each tensor more that a compiled layer reads
-    takes the host 20 us a step: it is checked, saved for the backward pass, and unpacked.
+    takes the host time: it is checked at each call, saved for the backward pass, and unpacked there.
     """
     found: Weight = _registered.setdefault(packed.data_ptr(), weight)
     return found

@@ -148,7 +148,7 @@ def decode_experts(
     projections = split_projections(tensors, shape)
     if experts is not None:
         projections = [_of_experts(projection, experts) for projection in projections]
-    number, is_turned = len(projections[0].packed), transposed and weight_scale is not None
+    number, is_turned = projections[0].packed.shape[0], transposed and weight_scale is not None
     size = (number, columns, rows) if is_turned else (number, rows, columns)
     out = torch.empty(size, dtype=dtype, device=projections[0].packed.device)
     view = out.transpose(1, 2) if is_turned else out
@@ -186,7 +186,7 @@ def _multiply(
     The first arguments after `x` are those of `FrozenExperts`, the others those of `grouped.matmul`.
     """
     dtype, scale, owners = x.dtype, None, None
-    if (rows := len(x if source is None else source)) < len(offsets) and is_quantized(tensors):
+    if (rows := (x if source is None else source).shape[0]) < offsets.shape[0] and is_quantized(tensors):
         owners, offsets = _owners(offsets, rows)
         b = None if b is None else b[owners]
     if weight_scale is not None:
@@ -229,7 +229,7 @@ def expert_linear(
     gathers: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the result of `ExpertLinear`, and the product of the rows with their A matrices, [rows, rank]."""
-    rows, below = len(source), source if gathers else None
+    rows, below = source.shape[0], source if gathers else None
     xa = None if a is None else multiply_low_rank(x if read is None else read, a, offsets, below)
     kept = x.new_empty(rows, 0) if xa is None else xa
     if is_unread(tensors):

@@ -102,7 +102,7 @@ def matmul(
         return matmul_plain(x, weight, offsets, dtype, source=source, **more)
     from qlora.step.kernels import grouped_kernels  # Triton is there with CUDA only
 
-    out = torch.empty(len(x if source is None else source), weight.shape[1], dtype=dtype, device=x.device)
+    out = torch.empty((x if source is None else source).shape[0], weight.shape[1], dtype=dtype, device=x.device)
     grouped_kernels.matmul(x, weight, offsets, out, source=source, **more)
     return out
 
@@ -113,7 +113,7 @@ def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | No
         return matmul_plain(x, a, offsets, x.dtype, source=source)
     from qlora.step.kernels import grouped_kernels
 
-    out = torch.empty(len(x if source is None else source), a.shape[1], dtype=x.dtype, device=x.device)
+    out = torch.empty((x if source is None else source).shape[0], a.shape[1], dtype=x.dtype, device=x.device)
     grouped_kernels.multiply_low_rank(x, a, offsets, source, out)
     return out
 
@@ -133,7 +133,7 @@ def sum_rows(
     from qlora.step.kernels import grouped_kernels
 
     shape = (low_rank.shape[1], x.shape[1])
-    out = torch.empty(len(offsets), *(shape[::-1] if transposed else shape), dtype=x.dtype, device=x.device)
+    out = torch.empty(offsets.shape[0], *(shape[::-1] if transposed else shape), dtype=x.dtype, device=x.device)
     grouped_kernels.sum_rows(low_rank, x, offsets, source, out.transpose(1, 2) if transposed else out)
     return out
 

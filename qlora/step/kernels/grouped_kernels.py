@@ -223,7 +223,7 @@ def _place_kernel(
 
 def route(index: Tensor, order: Tensor, source: Tensor, positions: Tensor, offsets: Tensor) -> None:
     """As `grouped.route_plain`, into the tensors of a `Routing`."""
-    rows, experts = index.numel(), len(offsets)
+    rows, experts = index.numel(), offsets.shape[0]
     tiles = cdiv(rows, SORT_PICKS)
     counts = torch.empty(experts, tiles + 1, dtype=torch.int32, device=index.device)
     _count_kernel[(tiles,)](index, counts, rows, experts, PICKS=SORT_PICKS, EXPERTS=SORT_EXPERTS, num_warps=4)
@@ -264,7 +264,7 @@ def matmul(
 
 def multiply_low_rank(x: Tensor, a: Tensor, offsets: Tensor, source: Tensor | None, out: Tensor) -> None:
     """As `grouped.multiply_low_rank`, into `out` [rows, rank]."""
-    rows, (experts, rank, depth) = len(out), a.shape
+    rows, (experts, rank, depth) = out.shape[0], a.shape
     _low_rank_kernel[(cdiv(rows, LOW_RANK_ROWS) + experts,)](
         x, source, a, out, offsets, experts, depth, x.stride(0), *a.stride(),
         RANK=rank, GATHERED=source is not None, ROWS=LOW_RANK_ROWS, DEPTH=LOW_RANK_DEPTH,
