@@ -94,7 +94,9 @@ def _wilson(right: float, count: int) -> Estimate:
     fraction, square = right / count, Z**2
     middle = (fraction + square / (2 * count)) / (1 + square / count)
     spread = Z / (1 + square / count) * math.sqrt(fraction * (1 - fraction) / count + square / (4 * count**2))
-    return Estimate(fraction, max(middle - spread, 0.0), min(middle + spread, 1.0))
+    # The ends of none and all are exact, and must not be what rounding leaves of them.
+    low, high = 0.0 if right == 0 else middle - spread, 1.0 if right == count else middle + spread
+    return Estimate(fraction, low, high)
 
 
 def _agresti_min(differences: np.ndarray) -> Estimate:

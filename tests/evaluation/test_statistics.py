@@ -17,6 +17,12 @@ def test_wilson_interval_of_a_share():
     assert Score([0] * 20).estimate() == pytest.approx((0, 0, 0.1611), abs=5e-5)
 
 
+@pytest.mark.parametrize("count", [1, 7, 300, 1003])
+def test_none_and_all_end_at_the_ends_and_not_beside_them(count):
+    assert Score([0] * count).estimate().low == 0
+    assert Score([1] * count).estimate().high == 1
+
+
 def test_the_mean_of_groups_weighs_each_group_the_same():
     score = Score([1, 0, 0, 0, 1, 1], ["a", "a", "a", "a", "b", "b"])
     assert score.estimate().value == pytest.approx((0.25 + 1) / 2)
