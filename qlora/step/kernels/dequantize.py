@@ -45,8 +45,8 @@ def register(packed: Tensor, weight: Weight) -> Weight:
     It is this weight, or what was registered for the same bytes before. Each tensor more that a compiled layer reads
     takes the host time: it is checked at each call, saved for the backward pass, and unpacked there.
     """
-    found: Weight = _registered.setdefault(packed.data_ptr(), weight)
-    return found
+    result: Weight = _registered.setdefault(packed.data_ptr(), weight)
+    return result
 
 
 def registered(packed: Tensor) -> Any:
