@@ -35,8 +35,11 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     return register
 
 
-_registered: WeakValueDictionary[int, Any] = WeakValueDictionary()
-"""Frozen weights by the address of their packed bytes: operators of torch are given tensors, and nothing else."""
+_registered: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
+"""Frozen weights by the address and number of their packed bytes, for operators of torch are given tensors alone.
+
+The first layer of a group begins where the group does.
+"""
 
 
 def register(packed: Tensor, weight: Weight) -> Weight:
@@ -45,13 +48,13 @@ def register(packed: Tensor, weight: Weight) -> Weight:
     It is this weight, or what was registered for the same bytes before. Each tensor more that a compiled layer reads
     takes the host time: it is checked at each call, saved for the backward pass, and unpacked there.
     """
-    result: Weight = _registered.setdefault(packed.data_ptr(), weight)
+    result: Weight = _registered.setdefault((packed.data_ptr(), packed.numel()), weight)
     return result
 
 
 def registered(packed: Tensor) -> Any:
     """Returns the weight that is registered for its packed bytes."""
-    return _registered[packed.data_ptr()]
+    return _registered[packed.data_ptr(), packed.numel()]
 
 
 def join_tensors(tensors: list[Tensor], rows: int, columns: int) -> QuantizedWeight:
