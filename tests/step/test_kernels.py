@@ -80,6 +80,8 @@ def test_a_weight_is_found_by_its_packed_bytes_as_long_as_a_step_holds_it() -> N
     assert join_tensors([packed], 64, 256) is again
     del again
     gc.collect()
+    part = register(packed[: 16 * 128], again := quantized_weight(16, 256))  # which begins at the same byte
+    assert registered(packed[: 16 * 128]) is part is again
     with pytest.raises(KeyError):
         registered(packed)
 

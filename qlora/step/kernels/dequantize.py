@@ -36,8 +36,10 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
 
 _registered: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
-"""Frozen weights by the address of their packed bytes, and their number, for a joint weight begins where its first part
-does: operators of torch are given tensors, and nothing else."""
+"""Frozen weights by the address and number of their packed bytes, for operators of torch are given tensors alone.
+
+The first layer of a group begins where the group does.
+"""
 
 
 def register(packed: Tensor, weight: Weight) -> Weight:
@@ -46,8 +48,8 @@ def register(packed: Tensor, weight: Weight) -> Weight:
     It is this weight, or what was registered for the same bytes before. Each tensor more that a compiled layer reads
     takes the host time: it is checked at each call, saved for the backward pass, and unpacked there.
     """
-    found: Weight = _registered.setdefault((packed.data_ptr(), packed.numel()), weight)
-    return found
+    result: Weight = _registered.setdefault((packed.data_ptr(), packed.numel()), weight)
+    return result
 
 
 def registered(packed: Tensor) -> Any:

@@ -112,8 +112,8 @@ def split_projections(tensors: list[Tensor], shape: list[int]) -> list[Quantized
     if not is_quantized(tensors):
         return []
     if len(tensors) == 1:
-        found: QuantizedProjections = registered(tensors[0])
-        return found.on_device()
+        quantized: QuantizedProjections = registered(tensors[0])
+        return quantized.on_device()
     *owned, codebook, nested_codebook = on_device(tensors)
     rows = shape[0] * FIELDS // len(owned)
     return [

@@ -34,10 +34,11 @@ def _join_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     """Returns a matrix with the blocks along its diagonal, and zeros beside them."""
     if len(blocks) == 1:
         return blocks[0]
-    width, before, rows = sum(block.shape[1] for block in blocks), 0, []
+    width, start, rows = sum(block.shape[1] for block in blocks), 0, []
     for block in blocks:
-        rows.append(torch.nn.functional.pad(block, (before, width - before - block.shape[1])))
-        before += block.shape[1]
+        end = start + block.shape[1]
+        rows.append(torch.nn.functional.pad(block, (start, width - end)))
+        start = end
     return torch.cat(rows)
 
 
