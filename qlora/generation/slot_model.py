@@ -120,6 +120,8 @@ def serving(model: torch.nn.Module, dtype: torch.dtype, *, decoded: bool) -> Ite
             with fused_elementwise(base) if is_on_gpu else contextlib.nullcontext():
                 yield
         finally:
+            if is_on_gpu:
+                torch.cuda.synchronize()  # a step that was asked for ahead may still read what is freed now
             _graphs.pop(base)
             if outer is not None:
                 _graphs[base] = outer

@@ -8,8 +8,6 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import itertools
-
 import torch
 
 from qlora.generation.elementwise import GATES, NORM_KINDS, normalise_plainly, rotate_plainly
@@ -30,7 +28,8 @@ def note(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
 def attention(dtype: torch.dtype, heads: int, shared: int, width: int, splits: int, **options: object) -> None:
     """Compares a step of rows of many lengths, whose new tokens are written, and one that reads them from the slots."""
     torch.manual_seed(0)
-    lengths = torch.tensor([0, 1, 63, 64, 130, 699])
+    # Tiles of 32 bits are small, and the interpreter takes its time for each.
+    lengths = torch.tensor([0, 1, 63, 64, 130, 699] if dtype is torch.float16 else [0, 1, 15, 16, 75])
     rows, values_width = len(lengths), width if width != 96 else 32
     sinks = torch.randn(heads) if options.pop("sinks", False) else None
     keys = torch.randn(rows + 1, shared, 700, width).to(dtype)
@@ -55,19 +54,20 @@ def attention(dtype: torch.dtype, heads: int, shared: int, width: int, splits: i
     note(f"{name}, read", attend_decoding(query, None, keys, values, lengths, *arguments, **options), expected)
 
 
-for dtype, width in itertools.product((torch.float32, torch.float16), (64, 80, 96, 128, 256)):
-    attention(dtype, 4, 2, width, 1 if width == 128 else 4)
+for width in (64, 80, 96, 128, 256):
+    attention(torch.float16, 4, 2, width, 1 if width == 128 else 4)
+    attention(torch.float32, 4, 2, width, 4)
 attention(torch.float32, 4, 4, 64, 2, window=5)
-attention(torch.float32, 4, 1, 64, 1, window=100, softcap=2.0)
+attention(torch.float32, 4, 1, 64, 1, window=30, softcap=2.0)
 attention(torch.float32, 20, 1, 64, 4, sinks=True)
-attention(torch.float32, 4, 2, 64, 1, sinks=True, window=70)
+attention(torch.float32, 4, 2, 64, 1, sinks=True, window=20)
 attention(torch.float16, 6, 2, 64, 2, sinks=True, softcap=3.0)
 
 
 def prompts(dtype: torch.dtype, heads: int, shared: int, width: int, **options: object) -> None:
     """Compares the attention of prompts of several lengths."""
     torch.manual_seed(0)
-    lengths = [1, 130, 5, 64, 70]
+    lengths = [1, 130, 5, 64, 70] if dtype is torch.float16 else [1, 33, 16, 40]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     joint = torch.randn(sum(lengths), heads + 2 * shared, width).to(dtype)
     q, k, v = joint.split([heads, shared, shared], dim=1)
@@ -80,7 +80,7 @@ def prompts(dtype: torch.dtype, heads: int, shared: int, width: int, **options: 
 
 prompts(torch.float32, 4, 2, 64)
 prompts(torch.float32, 4, 4, 80, window=7)
-prompts(torch.float32, 4, 1, 64, window=100, softcap=2.0, sinks=True)
+prompts(torch.float32, 4, 1, 64, window=20, softcap=2.0, sinks=True)
 prompts(torch.float16, 4, 2, 64, sinks=True)
 for dtype in (torch.float32, torch.float16):
     joint = torch.randn(5, 1, 7, 48).to(dtype)  # of five tokens, seven heads

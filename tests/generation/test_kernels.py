@@ -9,6 +9,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 def test_the_kernels_of_a_decode_step_compute_as_their_twins(request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "tests.generation.interpret"]

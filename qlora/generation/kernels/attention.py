@@ -147,13 +147,15 @@ def attend_decoding(
         stats = torch.empty(rows * heads, splits, 2, dtype=torch.float32, device=query.device)
     padded, value_padded = (max(16, triton.next_power_of_2(size)) for size in (width, value_width))
     group = heads // shared
+    block = 64 if max(padded, value_padded) <= 128 else 32
+    block = block if values.dtype.itemsize == 2 else 16  # 32 bits are not for tensor cores: larger tiles spill
     _decode_kernel[(rows, shared, splits)](
         query, key, value, keys, values, positions, sinks, out, parts, stats, scale, softcap or 1.0, window or 0,
         group, heads, width, value_width, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         *keys.stride()[:2], *values.stride()[:2], NEW=new is not None, WINDOW=window is not None,
         CAPPED=softcap is not None, SINKS=sinks is not None, SPLITS=splits,
         GROUP=max(LEAST_GROUP, triton.next_power_of_2(group)), WIDTH=padded, VALUE_WIDTH=value_padded,
-        BLOCK=64 if max(padded, value_padded) <= 128 else 32, num_warps=4, num_stages=2,
+        BLOCK=block, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         _join_kernel[(rows * heads,)](

@@ -11,9 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64
-"""Queries of a program."""
-
 
 @triton.jit
 def _prompt_kernel(
@@ -95,11 +92,13 @@ def attend_rows(
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     out = torch.empty(tokens, heads, value_width, dtype=v.dtype, device=q.device)
     padded, value_padded = (max(16, triton.next_power_of_2(size)) for size in (width, value_width))
-    is_small = max(padded, value_padded) <= 128 and k.dtype.itemsize == 2
-    _prompt_kernel[(len(cu_seqlens) - 1, heads, triton.cdiv(max_seqlen, BLOCK))](
+    queries, keys = (64, 64 if max(padded, value_padded) <= 128 else 32)
+    if k.dtype.itemsize == 4:  # which is not for tensor cores: larger tiles spill
+        queries = keys = 16
+    _prompt_kernel[(len(cu_seqlens) - 1, heads, triton.cdiv(max_seqlen, queries))](
         q, k, v, cu_seqlens, sinks, out, scale, softcap or 1.0, window or 0, heads // k.shape[1], heads, width,
         value_width, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], WINDOW=window is not None,
-        CAPPED=softcap is not None, SINKS=sinks is not None, WIDTH=padded, VALUE_WIDTH=value_padded, QUERIES=BLOCK,
-        KEYS=64 if is_small else 32, num_warps=4, num_stages=2 if is_small else 1,
+        CAPPED=softcap is not None, SINKS=sinks is not None, WIDTH=padded, VALUE_WIDTH=value_padded, QUERIES=queries,
+        KEYS=keys, num_warps=4, num_stages=2 if keys == 64 else 1,
     )  # fmt: skip
     return out
