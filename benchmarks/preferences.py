@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ WORDS = ["the", "stone", "owl", "of", "river", "bird", "and", "house"]
 """Each is one token."""
 LEAN = ["lora.dtype=bf16"]
 FREE = [*LEAN, "trainer.memory_budget=auto"]
+COMPUTED = re.compile(r"of ([\d,]+) pairs are computed once, in ([\d.]+) s")
 SAID = ("fast step", "prompts", "memory")
 """Lines of a run's screen that say how it trains."""
 
@@ -70,6 +72,8 @@ CONTESTANTS = RIVALS | {
     "fp8, equal memory": Contestant([*FP8, *LEAN], is_equal=True),
     "bf16, memory free": Contestant(FREE),
     "fp8, memory free": Contestant([*FP8, *FREE]),
+    "bf16, memory free, cached reference": Contestant(FREE, is_cached=True),
+    "fp8, memory free, cached reference": Contestant([*FP8, *FREE], is_cached=True),
     "sft, bf16, memory free": Contestant(FREE, loss="sft"),
     "sft, fp8, memory free": Contestant([*FP8, *FREE], loss="sft"),
 }
@@ -85,8 +89,8 @@ def write_pairs(file: Path, count: int, shrink: int) -> None:
 
     generator = np.random.default_rng(0)
 
-    def text(words: int, first: int | None = None) -> str:
-        indices = generator.integers(0, len(WORDS), words)
+    def text(count: int, first: int | None = None) -> str:
+        indices = generator.integers(0, len(WORDS), count)
         if first is not None:
             indices[0] = first
         return " ".join(WORDS[index] for index in indices)
@@ -110,9 +114,12 @@ def tokens_a_step(shrink: int) -> int:
 def measure_ours(task: dict[str, Any]) -> dict[str, Any]:
     """Runs `python -m qlora`, and returns the speed of its last steps."""
     name, steps, shrink = task["name"], task["steps"], task["shrink"]
-    loss, rows = CONTESTANTS[name].loss, 1 if CONTESTANTS[name].loss == "dpo" else 2
+    loss, is_cached, rows = CONTESTANTS[name].loss, CONTESTANTS[name].is_cached, 1
+    settings = [f"loss.cache_reference={str(is_cached).lower()}"]
+    if loss == "sft":
+        rows, settings = 2, []
     overrides = [
-        *(f"loss={loss}", *EVERY, *task["overrides"], "data=local", f"data.path={task['file']}"),
+        *(f"loss={loss}", *settings, *EVERY, *task["overrides"], "data=local", f"data.path={task['file']}"),
         *("data.source_max_len=null", "data.target_max_len=null", f"data.max_length={(PROMPT + ANSWER) // shrink}"),
         *(f"data.eval_dataset_size={HELD_OUT}", f"trainer.max_steps={2 * steps}", f"trainer.logging_steps={steps}"),
         *("trainer.save_steps=1000000", "trainer.eval_steps=null", "task.evaluate=false", "task.predict=false"),
@@ -121,18 +128,22 @@ def measure_ours(task: dict[str, Any]) -> dict[str, Any]:
         f"trainer.gradient_accumulation_steps={PAIRS // task['micro']}",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        output = run_program(overrides, Path(folder) / "run")
+        output = run_program([*overrides, f"data.cache_dir={folder}/cache"], Path(folder) / "run")
     if "failure" in output:
         return output
     *_, first, last = output["logs"]
     counted = last["num_input_tokens_seen"] - first["num_input_tokens_seen"]
     assert counted == steps * tokens_a_step(shrink), f"{counted} tokens in {steps} steps"
     said = [line.strip() for line in output["said"].splitlines() if line.strip().startswith(SAID)]
-    return {
+    results = {
         "tokens_per_second": last["train_tokens_per_second"],
         "peak_gb": output["metrics"]["peak_memory_gb"],
         "said": said,
     }
+    if is_cached:
+        pairs, seconds = COMPUTED.findall(" ".join(output["said"].split()))[0]
+        results["reference_seconds"] = float(seconds) / int(pairs.replace(",", "")) * PAIRS
+    return results
 
 
 def measure_rival(task: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,12 @@ class Data:
     """Whether the answers of a pair share their prompt, whose tokens then count once in lengths and packs."""
 
     @property
+    def items(self) -> Dataset | PackedRows:
+        """What is trained on: the rows, or their packs."""
+        assert self.train is not None
+        return self.packed if self.packed is not None else self.train
+
+    @property
     def lengths(self) -> np.ndarray:
         """The tokens of each item of what is trained on, a row or a pack: int [items]."""
         assert self.train is not None

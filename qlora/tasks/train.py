@@ -281,11 +281,15 @@ class Training:
     # Training
 
     def _build_trainer(
-        self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker
+        self,
+        model: PreTrainedModel | PeftModel,
+        callbacks: list[Any],
+        tracker: Tracker,
+        checkpoint: Path | None = None,
     ) -> QLoraTrainer:
         from qlora.tasks.build_trainer import build_trainer
 
-        return build_trainer(self.session, model, callbacks, tracker, self._page, self._peak)
+        return build_trainer(self.session, model, callbacks, tracker, self._page, self._peak, checkpoint)
 
     def _fit(
         self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
@@ -293,7 +297,7 @@ class Training:
         """Trains the model and saves what was trained; returns the metrics of the training steps."""
         from qlora.reporting.loss_curve import plot_loss
 
-        trainer = self._build_trainer(model, callbacks, tracker)
+        trainer = self._build_trainer(model, callbacks, tracker, checkpoint)
         wait_for_space(self.folder.checkpoints, trainer.checkpoint_size)
         if checkpoint is not None:
             check_prompts(checkpoint, self.config, shares_prompts=self.session.data.shares_prompts)

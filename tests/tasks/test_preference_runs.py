@@ -205,3 +205,79 @@ def test_a_run_resumes_where_prompts_count_as_they_did(pairs: Path, tmp_path: Pa
     (tmp_path / "whole" / "result.json").unlink()
     run(tmp_path / "whole", *sharing, *PACKED, "trainer.per_device_train_batch_size=1", "trainer.max_steps=3")
     assert (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+CACHED = ("trainer.max_steps=5", "trainer.eval_steps=null", "trainer.keep=last", "task.evaluate=false",
+          "trainer.logging_steps=1")  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["rows", "shared prompts", "packs", "a start"])
+def test_a_cached_reference_gives_the_bits_of_one_that_is_computed_in_each_step(
+    layout: str, dpo: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layouts = {
+        "rows": ["lora.dropout=0.1"],
+        "shared prompts": ["trainer.fused_attention=true", "trainer.fused_loss=true"],
+        "packs": [*PACKED, "trainer.per_device_train_batch_size=1", "trainer.fused_loss=true"],
+        "a start": [f"lora.start={dpo[0] / 'adapter'}"],
+    }
+    overrides = [*layouts[layout], "loss=dpo", f"data.path={pairs}", *CACHED, f"data.cache_dir={tmp_path}"]
+    written = {}
+    for name, settings, said in (
+        ("each", ["loss.cache_reference=false"], r"reference +computed in each step: loss\.cache_reference=false"),
+        ("once", ["loss.cache_reference=true"], r"reference +the log-probabilities of \d+ pairs are computed once, in"),
+        ("again", ["loss.cache_reference=true"], r"reference +the log-probabilities of \d+ pairs are read from"),
+    ):
+        run(tmp_path / name, *overrides, *settings)
+        assert re.search(said, capsys.readouterr().out), name
+        written[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert written["each"] == written["once"] == written["again"]
+    assert len(list(tmp_path.glob("reference-*"))) == 1
+
+
+def test_runs_share_a_cached_reference_whatever_they_minimise_and_no_other_rows_or_reference(
+    dpo: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["loss=dpo", f"data.path={pairs}", "loss.cache_reference=true", f"data.cache_dir={tmp_path}",
+              *CACHED, "trainer.max_steps=1"]  # fmt: skip
+
+    def caches(name: str, *overrides: str) -> bool:
+        run(tmp_path / name, *common, *overrides)
+        return "computed once" in capsys.readouterr().out
+
+    assert caches("first")
+    assert not caches("same", "loss.beta=0.5", "trainer.learning_rate=1e-3", "seed=3")
+    assert not caches("ipo", "loss=ipo", "loss.cache_reference=true")
+    assert caches("others", "data.split_seed=3")
+    assert caches("start", f"lora.start={dpo[0] / 'adapter'}")
+    assert not caches("base", f"lora.start={dpo[0] / 'adapter'}", "loss.reference=base")
+    (entry, *_) = tmp_path.glob("reference-*/log_probs.arrow")
+    for damaged in tmp_path.glob("reference-*/log_probs.arrow"):
+        damaged.write_bytes(entry.read_bytes()[:100])
+    assert caches("damaged")
+
+
+def test_auto_caches_the_reference_of_pairs_that_come_again_and_resumes_as_the_run_began(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["loss=dpo", f"data.path={pairs}", *CACHED, "trainer.save_steps=2"]
+    run(tmp_path / "once", *overrides, "trainer.max_steps=2")
+    assert re.search(r"in each step: loss\.cache_reference=auto, the run\s+passes over its pairs once", _plain(capsys))
+    folder, adapter = tmp_path / "run", tmp_path / "run" / "adapter"
+    run(folder, *overrides, "trainer.max_steps=12")
+    assert re.search(r"loss\.cache_reference=auto, the run passes over its pairs [\d.]+ times", _plain(capsys))
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    for late in [
+        *(folder / "checkpoints").glob("checkpoint-[468]*"),
+        *folder.glob("checkpoints/checkpoint-1*"),
+        adapter,
+    ]:
+        shutil.rmtree(late)
+    (folder / "result.json").unlink()
+    run(folder, *overrides, "trainer.max_steps=12")
+    assert "loss.cache_reference=auto, as before checkpoint-2" in _plain(capsys)
+    assert (adapter / "adapter_model.safetensors").read_bytes() == whole
+
+
+def _plain(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())

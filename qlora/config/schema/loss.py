@@ -50,6 +50,11 @@ class LossConfig:
     """The weight of answers that are labelled bad."""
     center_rewards: float | None = None
     """The weight of the squared sum of both rewards of a pair, which keeps them around 0."""
+    cache_reference: Any = "auto"
+    """Compute the log-probabilities that the reference gives the answers once, before training, and keep them in
+    `data.cache_dir` for other runs with the same reference and rows, whatever else these set: true, false (in each
+    step) or `auto` (where the run passes over its pairs more than once). They differ from those of a step by the
+    rounding of another batch."""
     options: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any]})
     """Settings of an objective of another package, e.g. `{smoothing: 0.1}`; those of this package have none."""
 
@@ -63,6 +68,7 @@ class LossConfig:
             raise ConfigError(f"loss.options is not read by loss.name={self.name}; leave it out")
         self._check_read()
         self._check_values()
+        self._check_cache()
 
     def _check_read(self) -> None:
         """Refuses a setting that the loss does not read, and a missing one that it does."""
@@ -94,6 +100,24 @@ class LossConfig:
             value = getattr(self, name)
             require(value is None or holds(value), f"loss.{name}", rule, value)
 
+    def _check_cache(self) -> None:
+        value, key = self.cache_reference, "loss.cache_reference"
+        require(value == "auto" or isinstance(value, bool), key, "be true, false or auto", value)
+        if value is not True or self.can_cache_reference:
+            return
+        if not self.compares:
+            none = " with loss.reference=none" if self.reference is not None else ""
+            raise ConfigError(f"{key}=true: loss={self.name}{none} compares with no reference; leave it out")
+        raise ConfigError(
+            f"{key}=true: loss={self.name} compares prompts with answers of other rows of a micro-batch, too, which "
+            "change with every epoch; leave it out"
+        )
+
+    @property
+    def can_cache_reference(self) -> bool:
+        """Whether what the reference says of a row is the same in every step."""
+        return self.compares and self.rows is RowKind.pairs
+
     @property
     def compares(self) -> bool:
         """Whether the loss compares the model with a reference."""
@@ -122,7 +146,9 @@ class LossConfig:
         return rows_of(self.name)
 
 
-LOSS_SETTINGS = tuple(item.name for item in fields(LossConfig) if item.name not in ("name", "options"))
+LOSS_SETTINGS = tuple(
+    item.name for item in fields(LossConfig) if item.name not in ("name", "cache_reference", "options")
+)
 """The settings of which every loss reads some."""
 
 
