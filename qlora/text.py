@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 
-SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract|mfu|data wait)$")
+SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|win rate|flexible extract|mfu|data wait)$")
 DETAIL = re.compile(r"_accuracy_\w+$|/")
 _ASKS = ("instruction", "human", "user", "question", "prompt", "q")
 _ANSWERS = ("response", "assistant", "answer", "output", "a")

@@ -18,7 +18,7 @@ def needs(config: Config) -> Needs:
         torch=True,
         base=True,
         rows=Rows.held_out if evaluation.name is EvaluationName.rows else Rows.none,
-        answers=evaluation.generate_samples if evaluation.metrics else 0,
+        answers=evaluation.scored_answers,
         tracker=True,
         caches=True,
     )
