@@ -154,6 +154,12 @@ def test_a_run_whose_answers_share_prompts_learns_what_one_does_that_computes_th
 PACKED = ("data.packing=true", "data.pack_length=96", "trainer.fused_attention=true")
 
 
+def test_a_reward_model_learns_from_packs(pairs: Path, tmp_path: Path) -> None:
+    packed = ["loss=reward", f"data.path={pairs}", *PACKED, "trainer.per_device_train_batch_size=2"]
+    metrics = run(tmp_path, *packed, "trainer.eval_steps=null", "trainer.keep=last", "trainer.max_steps=8")["metrics"]
+    assert metrics["eval_reward_accuracy"] > 0.9
+
+
 def test_packs_count_a_shared_prompt_once_and_a_model_that_cannot_share_it_gets_others(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -47,13 +47,13 @@ def test_wins_are_counted_against_the_start_and_may_be_the_objective_and_what_is
     objective = ["objective=eval_win_rate", "trainer.keep=best", "trainer.keep_metric=eval_win_rate"]
     result = run(tmp_path / "run", *WIN, *objective)
     metrics = result["metrics"]
-    before, after = (
+    previous, after = (
         [json.loads(line)["prediction"] for line in (tmp_path / "run" / name).read_text().splitlines()]
         for name in ("base_predictions.jsonl", "predictions.jsonl")
     )
-    assert len(before) == len(after) == 4
-    wins = sum(len(new) < len(old) for new, old in zip(after, before, strict=True))
-    ties = sum(new == old for new, old in zip(after, before, strict=True))
+    assert len(previous) == len(after) == 4
+    wins = sum(len(new) < len(old) for new, old in zip(after, previous, strict=True))
+    ties = sum(new == old for new, old in zip(after, previous, strict=True))
     assert [metrics[f"eval_{name}"] for name in ("win_count", "tie_count", "loss_count")] == [
         wins,
         ties,

@@ -175,9 +175,10 @@ def check_preferences(loss: LossConfig, lora: LoraConfig, data: DataConfig, trai
             f"trainer.neftune_noise_alpha={trainer.neftune_noise_alpha:g} would compare answers with noise, and {name} "
             "compares their log-probabilities; leave it out"
         )
-    if data.packing and (loss.head or loss.rows is RowKind.labelled):
-        what = "reads the last token of each text" if loss.head else "lays answers of other rows beside each"
-        raise ConfigError(f"data.packing=true joins rows into one, and {name} {what}; leave it out")
+    if data.packing and loss.rows is RowKind.labelled:
+        raise ConfigError(
+            f"data.packing=true joins rows into one, and {name} lays answers of other rows beside each; leave it out"
+        )
     if loss.rows is RowKind.labelled and trainer.per_device_train_batch_size < 2:
         raise ConfigError(
             f"{name} estimates the divergence from the reference by the answers of other rows in a micro-batch, and "
