@@ -28,6 +28,9 @@ from qlora.text import listed
 
 log = logging.getLogger(__name__)
 
+INSTRUCTIONS = "qlora.demo.instructions:train_rows"
+"""Where `data=demo` reads its rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -129,6 +132,7 @@ def build_data(
     Where the answers of pairs share their prompt, its tokens count once in packs and lengths.
     The split is the same whatever is needed, so that a later evaluation meets no row that was trained on.
     """
+    _check_demo(config, kind)
     cache = Cache(cache_root(config.cache_dir))
     sets = row_sets(config, tokenizer, cache, kind)
     _check_pairs(config, sets, kind)
@@ -172,6 +176,15 @@ def row_sets(
         for part in sets:
             part.total_rows = total
     return sets
+
+
+def _check_demo(config: DataConfig, kind: RowKind) -> None:
+    """Refuses the embedded instructions, which are the default, where a loss over answers needs others."""
+    if kind is not RowKind.tokens and config.path == INSTRUCTIONS:
+        raise ConfigError(
+            "data=demo holds one answer a row, and this loss learns from good answers against bad ones; choose "
+            "data=demo-preferences to try it, or rows of your own (data=FILE)"
+        )
 
 
 def _check_pairs(config: DataConfig, sets: Sequence[RowSet], kind: RowKind) -> None:
