@@ -287,3 +287,16 @@ def test_auto_caches_the_reference_of_pairs_that_come_again_and_resumes_as_the_r
 
 def _plain(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
+
+
+def test_card_and_page_say_that_a_run_is_compared_with_its_start_and_draw_both_curves_of_a_measure_together(
+    dpo: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path
+) -> None:
+    run(tmp_path / "next", "loss=dpo", f"data.path={pairs}", f"lora.start={dpo[0] / 'adapter'}", "trainer.max_steps=3")
+    assert "| held-out metric | untuned base | this model |" in (dpo[0] / "README.md").read_text()
+    assert "| held-out metric | start | this model |" in (tmp_path / "next" / "README.md").read_text()
+    page = (tmp_path / "next" / "report.html").read_text()
+    assert "untuned base" not in page
+    assert '<th scope="col" class="number">start</th>' in page
+    assert page.count('"title":"reward accuracy","unit":"","lines":[{') == 1
+    assert page.count('"title":"reward accuracy"') == 1

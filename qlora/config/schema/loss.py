@@ -76,8 +76,8 @@ class LossConfig:
         for name in LOSS_SETTINGS:
             value = getattr(self, name)
             if value is not None and name not in read:
-                readers = listed([other for other, shipped in SHIPPED.items() if name in shipped.settings])
-                way_out = f"choose one of {readers}, or leave it out"
+                readers = [f"loss={other}" for other, shipped in SHIPPED.items() if name in shipped.settings]
+                way_out = f"choose {'one of ' if len(readers) > 1 else ''}{listed(readers)}, or leave it out"
                 if self.name not in SHIPPED:
                     way_out = f"write loss.options.{name}={value}"
                 raise ConfigError(f"loss.{name}={value} is not read by loss.name={self.name}; {way_out}")
