@@ -24,6 +24,8 @@ def format_metric(name: str, value: float | None) -> str:
         return "–"
     if is_share(name) and 0 <= value <= 1:
         return f"{format_percent(value).removesuffix('%')} %"
+    if name.endswith("_count") and value.is_integer():
+        return f"{value:,.0f}"
     size = abs(value)
     if not math.isfinite(value) or (0 < size < 0.001):
         return f"{value:.3g}"

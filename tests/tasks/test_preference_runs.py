@@ -95,6 +95,8 @@ def test_a_run_that_starts_from_an_adapter_compares_with_it_and_another_task_mea
     again = run(tmp_path / "again", *overrides, "task=evaluate", f"adapter={tmp_path / 'next'}")["metrics"]
     for name in ("preference_loss", "reward_accuracy", "reward_margin", "reference_kl"):
         assert again[f"eval_{name}"] == pytest.approx(metrics[f"eval_{name}"], rel=1e-4)
+    assert again["base_eval_loss"] == pytest.approx(metrics["base_eval_loss"], rel=1e-4)  # that of the start
+    assert again["base_eval_reward_margin"] == 0
 
 
 @pytest.mark.parametrize("loss", ["dpo", "reward"])

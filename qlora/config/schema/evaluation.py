@@ -43,8 +43,8 @@ class EvaluationConfig:
     number a row. Empty: nothing is generated."""
     win: str | None = None
     """Your own `module:function` that says which answer is better, called with a prompt, the answer of the trained
-    model and that of the model before: the start of the training run, in `task=evaluate` the untuned base. It returns
-    `win`, `tie` or `lose` for the trained one."""
+    model and that of the model before: the untuned base, or with a preference loss the adapter of `lora.start`. It
+    returns `win`, `tie` or `lose` for the trained one."""
     baseline: bool = True
     """Measure the untuned base too, for the before -> after comparison."""
     generate_samples: int | None = None
