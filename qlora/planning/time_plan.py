@@ -104,7 +104,7 @@ def active_adapters(shape: Shape, trained: int, on_experts: int) -> int:
 
 
 def operations_per_token(shape: Shape, setup: Setup) -> float:
-    """Returns the operations a token in rows of `setup.length` tokens, checkpointed layers and the reference included."""
+    """Returns the operations a token in rows of `setup.length` tokens, with those of checkpoints and the reference."""
     ledger = Ledger(shape, setup)
     adapters = active_adapters(shape, ledger.trained_count, ledger.trained_on_experts) if setup.r else 0
     operations = count_operations(shape, adapters, setup.checkpointed / shape.layers + setup.reference_passes)

@@ -231,7 +231,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
 
 
 def _reference_passes(config: Config) -> float:
-    """Returns the forward passes with the reference for each step, those before the first step shared out among all."""
+    """Returns the forward passes with the reference for each step, those before the first step spread over all."""
     loss, epochs = config.loss, config.trainer.num_train_epochs or 1
     if not loss.compares:
         return 0

@@ -156,11 +156,11 @@ def _charts(measured: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[d
     for name, curve in thinned.items():
         if name in ("loss", held_out) or f"eval_{name}" in thinned:
             continue
-        plain, shown = name.removeprefix("eval_"), [line(int(name.startswith("eval_")), curve)]
+        plain, drawn_together = name.removeprefix("eval_"), [line(int(name.startswith("eval_")), curve)]
         is_both = name != plain != "loss" and plain in thinned  # measured in training, too
         if is_both:
-            shown.insert(0, line(0, thinned[plain]))
-        charts.append(chart(name, shown) | ({"unit": ""} if is_both else {}))
+            drawn_together.insert(0, line(0, thinned[plain]))
+        charts.append(chart(name, drawn_together) | ({"unit": ""} if is_both else {}))
     lines = [curve for item in charts for curve in item["lines"]]
     used = sorted({curve["group"] for curve in lines})
     for curve in lines:
