@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -104,22 +105,37 @@ def time_loop(workload: str, name: str, model: Any, config: Any, placement: Any,
     return time_steps(model, optimizer, source, lambda _: placement.autocast(), placement.device, **options)
 
 
-def time_trainer(
-    rows: Any, base: str, model: Any, peft: Any, placement: Any, folder: str, measured: range, **options: Any
-) -> dict[str, Any]:
-    """Trains with `SFTTrainer`; returns the speed of the steps of the numbers `measured`, counted from 1.
+def trainer_options(placement: Any, folder: str, steps: int) -> dict[str, Any]:
+    """Returns what the arguments of every trainer of TRL say."""
+    import torch
 
-    The time ends with the training, so that a checkpoint after the last step counts.
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.3,
+        "optim": "paged_adamw_32bit",
+        "bf16": placement.compute_dtype is torch.bfloat16,
+        "use_cpu": placement.device.type != "cuda",
+        "logging_steps": LOG,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def time_training(build: Callable[[Any], Any], device: Any, measured: range) -> dict[str, Any]:
+    """Trains with the trainer that `build` makes with a callback; returns the `seconds` of the steps `measured`.
+
+    Steps are counted from 1. The time ends with the training, so that a checkpoint after the last step counts.
     """
     import torch
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import TrainerCallback
 
     from qlora.runtime.device import device_name, reset_peak_memory
     from qlora.training.peak_memory import PeakMemory
 
-    device, on_gpu = placement.device, placement.device.type == "cuda"
-    moments, tokens = [0.0], [torch.zeros((), dtype=torch.int64, device=device)]
+    on_gpu, moments = device.type == "cuda", [0.0]
 
     class StepEnds(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -130,53 +146,57 @@ def time_trainer(
             if on_gpu and state.global_step in (1, measured.start - 1):
                 torch.cuda.synchronize()
             moments.append(time.monotonic())
-            tokens.append(torch.zeros_like(tokens[0]))
 
-    arguments = SFTConfig(
-        output_dir=folder,
-        max_steps=measured.stop - 1,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.3,
-        optim="paged_adamw_32bit",
-        bf16=placement.compute_dtype is torch.bfloat16,
-        use_cpu=not on_gpu,
-        logging_steps=LOG,
-        report_to="none",
-        disable_tqdm=True,
-        **options,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=peft,
-        callbacks=[StepEnds()],
-    )
-    if trainer.args.packing != options["packing"]:
-        sys.exit("the trainer does not pack here")
-    own_step = trainer.training_step
-
-    def counted_step(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        mask = inputs.get("attention_mask")  # rows that are joined have none, and no padding
-        tokens[-1] += inputs["input_ids"].numel() if mask is None else mask.sum()
-        return own_step(model, inputs, *rest, **named)
-
-    trainer.training_step = counted_step
+    trainer = build(StepEnds())
     reset_peak_memory(device)
     memory = PeakMemory(device)
     assert math.isfinite(trainer.train().training_loss)
     if on_gpu:
         torch.cuda.synchronize()
-    ended, first, last = time.monotonic(), measured.start - 1, measured.stop - 1
     return {
-        "tokens_per_second": sum(int(item) for item in tokens[first:last]) / (ended - moments[first]),
+        "seconds": time.monotonic() - moments[measured.start - 1],
         "peak_gb": memory.gb(),
         "first_step_seconds": moments[1] - moments[0],
         "device": device_name(device),
     }
+
+
+def time_trainer(
+    rows: Any, base: str, model: Any, peft: Any, placement: Any, folder: str, measured: range, **options: Any
+) -> dict[str, Any]:
+    """Trains with `SFTTrainer`; returns the speed of the steps of the numbers `measured`, counted from 1."""
+    import torch
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    device = placement.device
+    tokens = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(measured.stop - 1)]
+
+    def build(callback: Any) -> Any:
+        trainer: Any = SFTTrainer(
+            model=model,
+            args=SFTConfig(**trainer_options(placement, folder, measured.stop - 1), **options),
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(base),
+            peft_config=peft,
+            callbacks=[callback],
+        )
+        if trainer.args.packing != options["packing"]:
+            sys.exit("the trainer does not pack here")
+        own_step = trainer.training_step
+
+        def counted_step(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+            mask = inputs.get("attention_mask")  # rows that are joined have none, and no padding
+            count = inputs["input_ids"].numel() if mask is None else mask.sum()
+            tokens[trainer.state.global_step] += count
+            return own_step(model, inputs, *rest, **named)
+
+        trainer.training_step = counted_step
+        return trainer
+
+    results = time_training(build, device, measured)
+    counted = sum(int(item) for item in tokens[measured.start - 1 :])
+    return {"tokens_per_second": counted / results.pop("seconds"), **results}
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -224,23 +244,30 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         return {**results, "is_trainer": not whole}  # whose step includes its loader
 
 
-def main() -> None:
-    """Does the task of the command line and prints what came out as JSON."""
-    task = json.loads(sys.argv[sys.argv.index("--worker") + 1])
+def set_up(package: str, base: str) -> None:
+    """Sets this process up for a package, before anything is imported that it changes."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # they would split a batch over all
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(task["base"]).with_name("unsloth_compiled_cache"))
-    if task["do"] == "save":
-        save_base(task["base"], task["overrides"])
-        print(json.dumps({"saved": task["base"]}))
-        return
-    if ALL[task["name"]].package == "unsloth":
+    os.environ["UNSLOTH_FUSED_PREFERENCE_LOSS"] = "1"
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(base).with_name("unsloth_compiled_cache"))
+    if package == "unsloth":
         import unsloth  # noqa: F401  (before all that it changes)
-    else:
+    elif package == "trl":
         import torch
 
         if not torch.cuda.is_available():
             os.environ["TRITON_INTERPRET"] = "1"  # TRL's loss is a kernel, which is slow this way
+
+
+def main() -> None:
+    """Does the task of the command line and prints what came out as JSON."""
+    task = json.loads(sys.argv[sys.argv.index("--worker") + 1])
+    saves = task["do"] == "save"
+    set_up("qlora" if saves else ALL[task["name"]].package, task["base"])
+    if saves:
+        save_base(task["base"], task["overrides"])
+        print(json.dumps({"saved": task["base"]}))
+        return
     print(json.dumps(measure(task)))
 
 

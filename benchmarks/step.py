@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -327,17 +327,16 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
         write_texts(file, shrink)
         packing = ["data.packing=true", f"data.pack_length={PACK // shrink}"] if ALL[name].packs else []
         command = [
-            *(sys.executable, "-m", "qlora", *EVERY, "data=local", f"data.path={file}", "data.format=text", *packing),
+            *(*EVERY, "data=local", f"data.path={file}", "data.format=text", *packing),
             *("data.source_max_len=null", "data.target_max_len=null", "data.max_length=512"),
             *("data.eval_dataset_size=16", f"trainer.max_steps={steps}", f"trainer.logging_steps={LOG}"),
             *(f"trainer.save_steps={steps}", "trainer.eval_steps=null", "task.evaluate=false", "task.predict=false"),
-            *("evaluation=loss", "evaluation.baseline=false", *overrides, f"hydra.run.dir={run}"),
+            *("evaluation=loss", "evaluation.baseline=false", *overrides),
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            return {"failure": (done.stderr or done.stdout).strip().splitlines()[-1]}
-        logs = [entry for entry in json.loads((run / "history.json").read_text()) if "loss" in entry]
-        metrics = json.loads((run / "result.json").read_text())["metrics"]
+        output = run_program(command, run)
+    if "failure" in output:
+        return output
+    logs, metrics = output["logs"], output["metrics"]
     seen = [0, *(entry["num_input_tokens_seen"] for entry in logs)]
     speeds = [entry["train_tokens_per_second"] for entry in logs]
     seconds = [(end - start) / speed for (start, end), speed in zip(itertools.pairwise(seen), speeds, strict=True)]
@@ -347,6 +346,17 @@ def end_to_end(name: str, overrides: list[str], *, small: bool) -> dict[str, Any
         "saving_seconds": metrics["train_runtime"] - sum(seconds),
         "peak_gb": metrics["peak_memory_gb"],
     }
+
+
+def run_program(overrides: list[str], run: Path) -> dict[str, Any]:
+    """Runs `python -m qlora` in the folder `run`; returns its logs and metrics, or the end of what it said."""
+    command = [sys.executable, "-m", "qlora", *overrides, f"hydra.run.dir={run}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        return {"failure": said[-1] if said else "no message"}
+    logs = [entry for entry in json.loads((run / "history.json").read_text()) if "loss" in entry]
+    return {"logs": logs, "metrics": json.loads((run / "result.json").read_text())["metrics"], "said": done.stdout}
 
 
 def run_apart(task: dict[str, Any], script: str = "step.py") -> dict[str, Any]:
@@ -387,9 +397,9 @@ def shape_of(arguments: argparse.Namespace, *, mixture: bool) -> list[str]:
     return [f"model={arguments.model}", *small, *layers, *adapters, *arguments.overrides]
 
 
-def choose(names: list[str]) -> list[str]:
+def choose(names: list[str], contestants: Mapping[str, Any] = ALL) -> list[str]:
     """Returns the contestants whose packages are installed; says of each missing package who is left out for it."""
-    missing = {name: package for name in names if find_spec(package := ALL[name].package) is None}
+    missing = {name: package for name in names if find_spec(package := contestants[name].package) is None}
     for package in dict.fromkeys(missing.values()):
         without = ", ".join(f'"{name}"' for name in names if missing.get(name) == package)
         print(f"{without} left out: {package} is not installed (pip install {package})", file=sys.stderr, flush=True)

@@ -52,6 +52,7 @@ from qlora.evaluation.answer_measures import AnswerMeasurer
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.suites import build_suite, fit_answers
+from qlora.evaluation.wins import Judge, count_wins, find_judge
 from qlora.experts.host import CudaCopies, describe_waiting, experts_on_host
 from qlora.models import loading, random_weights
 from qlora.models.context import describe_limit, fit_rows, model_context
@@ -134,6 +135,8 @@ class Session:
         """What a loss that compares takes for the reference of a model that is trained; None: there is none."""
         self.reference: Callable[[], contextlib.AbstractContextManager[None]] | None = None
         """The context in which the loaded model is its reference; None: there is none."""
+        self.previous_answers: list[dict[str, Any]] = []
+        """The answers of the model before, as `Measurer.predict` returns them: what `evaluation.win` compares with."""
 
     # Cheap parts first: a broken data set must fail before a large model is loaded.
 
@@ -280,6 +283,7 @@ class Session:
                 f"data.path={data.path}: no row is held out, so there is nothing to measure; name rows with "
                 "data.eval_path=FILE, or how many to hold out with data.eval_dataset_size"
             )
+        _ = self.judge  # a function that is not there fails before the model is loaded
         return Measurer(
             rows=self.data.eval,
             collate=self.collate,
@@ -669,7 +673,12 @@ class Session:
     @property
     def scored_answers(self) -> int | None:
         """How many held-out rows are answered where the model is measured; None: all."""
-        return self.config.evaluation.generate_samples if self.config.evaluation.metrics else 0
+        return self.config.evaluation.scored_answers
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """Says which of two answers is better; None: nothing asks for it."""
+        return find_judge(self.config.evaluation.win)
 
     def in_main_process(self, work: Callable[[], T]) -> T:
         """Returns in all processes what `work` returns in the main one; with a sharded base, all of them do it."""
@@ -680,9 +689,14 @@ class Session:
 
         def measure() -> Measurement:
             rows = self.measurer.measure(model, answers=self.scored_answers) if self.measures_rows else Measurement()
-            return rows | self._measure_suite(model)
+            return rows | self._count_wins(rows) | self._measure_suite(model)
 
         return self.in_main_process(measure)
+
+    def _count_wins(self, measured: Measurement) -> Measurement:
+        if self.judge is None or not (measured.predictions and self.previous_answers):
+            return Measurement()
+        return count_wins(self.judge, measured.predictions, self.previous_answers)
 
     def _measure_suite(self, model: torch.nn.Module) -> Measurement:
         if self.suite is None:
@@ -713,6 +727,8 @@ class Session:
         is_of_answers = kept in known_metrics_of_rows(self.config.evaluation)[2:]
         measured = self.measurer.measure(model, answers=self.scored_answers if is_of_answers else printed)
         tracker.log_predictions(measured.predictions[:printed], step=step)
+        if is_of_answers:
+            measured |= self._count_wins(measured)
         names = ["loss", "perplexity", *self.config.loss.measured, *([kept] if is_of_answers else [])]
         metrics = {name: measured.metrics[name] for name in names}
         if self.suite is not None and self.suite.at_each_evaluation:

@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 
-SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|flexible extract|mfu|data wait)$")
+SHARE = re.compile(r"(^| )(exact match|accuracy|acc|acc norm|match|win rate|flexible extract|mfu|data wait)$")
 DETAIL = re.compile(r"_accuracy_\w+$|/")
 _ASKS = ("instruction", "human", "user", "question", "prompt", "q")
 _ANSWERS = ("response", "assistant", "answer", "output", "a")
@@ -24,6 +24,8 @@ def format_metric(name: str, value: float | None) -> str:
         return "–"
     if is_share(name) and 0 <= value <= 1:
         return f"{format_percent(value).removesuffix('%')} %"
+    if name.endswith("_count") and value.is_integer():
+        return f"{value:,.0f}"
     size = abs(value)
     if not math.isfinite(value) or (0 < size < 0.001):
         return f"{value:.3g}"

@@ -155,6 +155,63 @@ def test_rivals_that_are_not_installed_are_left_out_in_a_sentence(
     ]
 
 
+def test_pairs_of_the_preference_benchmark_have_the_tokens_that_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import preferences
+    import step
+
+    file = tmp_path / "pairs.jsonl"
+    preferences.write_pairs(file, 4, 16)
+    limits = ["data.source_max_len=null", "data.target_max_len=null", "data.max_length=32", "data.eval_dataset_size=1"]
+    run = Run(compose([*step.EVERY, "loss=dpo", "data=local", f"data.path={file}", *limits]), tmp_path / "run").session
+    rows = list(run.data.train)
+    assert {(row["answer_start"], len(row["input_ids"]), len(row["rejected_ids"])) for row in rows} == {(8, 32, 32)}
+    assert sum(row["length"] for row in rows) * preferences.PAIRS / len(rows) == preferences.tokens_a_step(16)
+
+
+def test_equal_memory_is_that_of_the_fastest_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import preferences
+
+    cached = {"contestant": "trl, cached reference", "tokens_per_second": 1300.0, "peak_gb": 12.5}
+    results = [
+        {"contestant": "trl", "micro": 8, "tokens_per_second": 900.0, "peak_gb": 11.0, "first_step_seconds": 3.0},
+        {**cached, "micro": 8, "reference_seconds": 0.25},
+        {"contestant": "unsloth", "micro": 8, "failure": "out of memory"},
+        {"contestant": "bf16, memory free", "micro": 8, "tokens_per_second": 2000.0, "peak_gb": 70.0},
+    ]
+    assert preferences.equal_memory(results, None) == "12.50GB"
+    assert preferences.equal_memory(results, "9GB") == "9GB"
+    assert preferences.equal_memory(results[2:], None) is None
+    assert preferences.to_table([*results[1:3], {**results[3], "budget": "12.50GB"}]).splitlines()[2:] == [
+        "| trl, cached reference | 16 | 1,300 | 12.5 |  | 0.25 |",
+        "| unsloth | 16 | out of memory |  |  |  |",
+        "| bf16, memory free (12.50GB) | 16 | 2,000 | 70.0 |  |  |",
+    ]
+
+
+@pytest.mark.full
+def test_the_preference_benchmark_trains_pairs_with_and_without_a_reference(tmp_path: Path) -> None:
+    numbers, names = tmp_path / "numbers.json", ["bf16, memory free", "sft, bf16, memory free"]
+    printed = run(
+        "preferences.py",
+        "--small",
+        "--steps",
+        "1",
+        "--contestants",
+        *names,
+        "bf16, equal memory",
+        "--json",
+        str(numbers),
+    )
+    results = json.loads(numbers.read_text(encoding="utf-8"))["results"]
+    assert [result["contestant"] for result in results] == names
+    assert all(result["tokens_per_second"] > 0 for result in results), results
+    assert "| bf16, memory free | 16 | " in printed
+
+
 @pytest.mark.full
 def test_the_benchmark_of_8_bit_matmuls_compares_gradients_and_training_runs(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"

@@ -42,6 +42,7 @@ from qlora.text import (
         (format_percent(12.5), "1,250.0%"),
         (format_metric("exact_match", 0.0002), "<0.1 %"),
         (format_metric("exact_match", 0.9999), ">99.9 %"),
+        (format_metric("win_count", 3.0), "3"),
         (format_range("loss", 0.0002, 0.0013), "0.0002 to 0.001"),
         (format_range("exact_match", -0.0001, 0.02, signed=True), "-0.01 to +2.0 points"),
         (format_range("exact_match", 0, 0.02), "0.0 to 2.0 %"),

@@ -28,6 +28,9 @@ from qlora.text import listed
 
 log = logging.getLogger(__name__)
 
+INSTRUCTIONS = "qlora.demo.instructions:train_rows"
+"""Where `data=demo` reads its rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -66,6 +69,12 @@ class Data:
     """What the tokenizer does not keep of the rows to train on."""
     shares_prompts: bool = False
     """Whether the answers of a pair share their prompt, whose tokens then count once in lengths and packs."""
+
+    @property
+    def items(self) -> Dataset | PackedRows:
+        """What is trained on: the rows, or their packs."""
+        assert self.train is not None
+        return self.packed if self.packed is not None else self.train
 
     @property
     def lengths(self) -> np.ndarray:
@@ -123,6 +132,7 @@ def build_data(
     Where the answers of pairs share their prompt, its tokens count once in packs and lengths.
     The split is the same whatever is needed, so that a later evaluation meets no row that was trained on.
     """
+    _check_demo(config, kind)
     cache = Cache(cache_root(config.cache_dir))
     sets = row_sets(config, tokenizer, cache, kind)
     _check_pairs(config, sets, kind)
@@ -166,6 +176,15 @@ def row_sets(
         for part in sets:
             part.total_rows = total
     return sets
+
+
+def _check_demo(config: DataConfig, kind: RowKind) -> None:
+    """Refuses the embedded instructions, which are the default, where a loss over answers needs others."""
+    if kind is not RowKind.tokens and config.path == INSTRUCTIONS:
+        raise ConfigError(
+            "data=demo holds one answer a row, and this loss learns from good answers against bad ones; choose "
+            "data=demo-preferences to try it, or rows of your own (data=FILE)"
+        )
 
 
 def _check_pairs(config: DataConfig, sets: Sequence[RowSet], kind: RowKind) -> None:

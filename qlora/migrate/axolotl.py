@@ -162,7 +162,7 @@ LOSS_KEYS = {
     "beta": "rl_beta", "loss_type": "dpo_loss_type", "loss_weights": "dpo_loss_weights", "rpo_alpha": "rpo_alpha",
     "label_smoothing": "dpo_label_smoothing", "cpo_alpha": "cpo_alpha", "simpo_gamma": "simpo_gamma",
     "desirable_weight": "kto_desirable_weight", "undesirable_weight": "kto_undesirable_weight",
-    "center_rewards_coefficient": "center_rewards_coefficient",
+    "center_rewards_coefficient": "center_rewards_coefficient", "precompute_ref_log_probs": "precompute_ref_log_probs",
 }  # fmt: skip
 """The names of TRL, each with the one here."""
 UNREAD_LOSS = {
@@ -281,7 +281,7 @@ RULES: dict[str, Rule] = {
     "overrides_of_model_kwargs": Lost("set it in the model's own config.json"),
     "rope_scaling": Lost("set it in the model's own config.json"),
     "lora_model_dir": Lost("training begins with a fresh adapter; merge that one first (task=merge)"),
-    **dict.fromkeys(("precompute_ref_log_probs", "dpo_use_logits_to_keep", "dpo_padding_free", "dpo_use_liger_kernel",
+    **dict.fromkeys(("dpo_use_logits_to_keep", "dpo_padding_free", "dpo_use_liger_kernel",
                      "dpo_generate_during_eval", "rl_adapter_ref_model", "num_labels"), Same(shared_rules.SPEED)),
     "unpaired_dataset": Same("rows are read by their columns"),
     "ref_model": Lost(preferences.REFERENCE_MODEL),

@@ -84,6 +84,8 @@ def _ordered(answers: Answers) -> Iterator[Part]:
     yield f"loss={loss}"
     yield normalize
     yield "loss.reference=auto"
+    if answers.value("precompute_ref_log_probs", False):
+        yield "loss.cache_reference=true"
     others = [name for name in types if name not in (known, "sft")]
     if others:
         yield answers.lost("loss_type", f"{', '.join(others)} is not here: loss={loss} is trained in its place")

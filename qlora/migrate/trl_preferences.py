@@ -43,7 +43,7 @@ LOSS_TYPES = {"kto": "kto", "apo_zero_unpaired": "kto", "simpo": "cpo"}
 """The methods of values of `loss_type` that one alone has; all others are of DPO."""
 LOSS_KEYS = (
     *("beta", "loss_type", "loss_weights", "label_smoothing", "rpo_alpha", "cpo_alpha", "simpo_gamma", "alpha"),
-    *("desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
+    *("desirable_weight", "undesirable_weight", "center_rewards_coefficient", "precompute_ref_log_probs"),
 )
 
 
@@ -114,7 +114,6 @@ RULES: dict[str, Rule] = {name: rule for name, rule in trl.RULES.items() if name
     "model_adapter_name": Lost(preferences.REFERENCE_MODEL),
     "ref_adapter_name": Lost(preferences.REFERENCE_MODEL),
     "generate_during_eval": Same("answers are generated at the end of a run (task.predict=true)"),
-    "precompute_ref_log_probs": Same("the reference is computed in each step"),
     **dict.fromkeys(("precompute_ref_batch_size", "use_logits_to_keep", "padding_value", "label_pad_token_id",
                      "is_encoder_decoder", "max_target_length", "force_use_ref_model", "tools"), Same()),
 }  # fmt: skip

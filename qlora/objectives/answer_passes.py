@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora.objectives.answers import Answers, sides_of
 from qlora.objectives.linear_cross_entropy import entropies_and_gradient, linear_entropies
-from qlora.objectives.protocol import IGNORED, SHARED_ROWS
+from qlora.objectives.protocol import IGNORED, REFERENCE, SHARED_ROWS
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SHARED_ROWS)
 """The columns of a batch that the step reads; the others are the loss's."""
@@ -54,19 +54,23 @@ def read_answers(
 ) -> Answers:
     """Returns what the model says of a batch whose `input_ids` and `labels` are [rows, sides, tokens], or of packs.
 
+    A batch with the column `REFERENCE` has no pass of the reference.
     `reads_prompt` and `graded_sides` are those of the `AnswerLoss`; `chunk_losses` computes a chunk's cross entropy.
     """
-    texts = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    rest = {name: value for name, value in batch.items() if name not in (*texts, "labels")}
+    texts = _texts(batch)
+    rest = {name: value for name, value in batch.items() if name not in (*texts, "labels", REFERENCE)}
     targets = read = _next(batch["labels"])
     most, compute = passes.targets, partial(_log_probs, passes, chunk_losses)
     summed = _Sums(texts.get("position_ids"), passes.sides)
     if reads_prompt:
         read = _next(summed.text_tokens(texts))
-    reference = torch.zeros_like(summed(targets), dtype=torch.float32)
-    if (active := passes.reference()) is not None:
+    if (saved := batch.get(REFERENCE)) is not None:
+        reference = summed.of_sides(saved)
+    elif (active := passes.reference()) is not None:
         with torch.no_grad(), active:
             reference = summed(compute(texts, targets, most))
+    else:
+        reference = torch.zeros_like(summed(targets), dtype=torch.float32)
     log_probs = _graded(compute, texts, read, None if reads_prompt else most, graded_sides)
     return Answers(
         summed(torch.where(targets != IGNORED, log_probs, 0)),
@@ -78,6 +82,20 @@ def read_answers(
     )
 
 
+def read_reference(
+    batch: dict[str, Any], passes: Passes, *, chunk_losses: Callable[..., Any] = entropies_and_gradient
+) -> Tensor:
+    """Returns what the reference says of a batch as `Answers.reference` holds it; the batch has a reference."""
+    summed, active = _Sums(batch.get("position_ids"), passes.sides), passes.reference()
+    assert active is not None, "a loss that compares has a reference"
+    with torch.no_grad(), active:
+        return summed(_log_probs(passes, chunk_losses, _texts(batch), _next(batch["labels"]), passes.targets))
+
+
+def _texts(batch: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
 class _Sums:
     """Sums over the tokens of each answer: of rows [rows, sides, tokens], or of packs of pairs [packs, tokens]."""
 
@@ -86,7 +104,7 @@ class _Sums:
         self.is_in: Tensor | None = None
         if positions is not None:
             self.is_in = sides_of(positions, sides)
-        self.positions = positions
+        self.positions, self.sides = positions, sides
 
     def __call__(self, values: Tensor) -> Tensor:
         """Returns [rows, sides]; padding is a side without tokens."""
@@ -94,6 +112,12 @@ class _Sums:
             return values.sum(-1)
         # The token after one may be in the next side: that one has no target, so its value is 0.
         return torch.where(self.is_in, values[:, None], 0).sum(-1).view(-1, 2)
+
+    def of_sides(self, values: Tensor) -> Tensor:
+        """Returns the values of the sides of rows [rows, sides], or of packs [packs, sides], as `__call__` does."""
+        if self.is_in is None:
+            return values
+        return torch.nn.functional.pad(values, (0, self.sides - values.shape[1])).view(-1, 2)
 
     def text_tokens(self, texts: dict[str, Tensor]) -> Tensor:
         """Returns the tokens of prompts and answers as labels, with -100 for padding and the first of each side."""

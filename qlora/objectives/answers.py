@@ -112,6 +112,12 @@ class AnswerLoss:
         )
         return self.loss(answers, count)
 
+    def reference_on_batch(self, batch: dict[str, Any], passes: Any) -> Tensor:
+        """Returns the log-probability that the reference gives each answer of a micro-batch, float32 [rows, sides]."""
+        from qlora.objectives.answer_passes import read_reference
+
+        return read_reference(batch, passes, chunk_losses=self._chunk_losses)
+
     def loss(self, answers: Answers, count: Tensor | None) -> Tensor:
         """Returns the loss of a micro-batch, and notes its rewards.
 

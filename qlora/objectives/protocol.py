@@ -17,6 +17,9 @@ HEAD = "score"
 """The name of a reward head in the model, as in transformers' models for sequence classification."""
 SHARED_ROWS = ("token_of", "first_cell", "second_cell")
 """The columns of a batch of pairs whose answers share their prompt; `qlora.data.batching.shared_prompts` makes them."""
+REFERENCE = "reference_log_probs"
+"""The column of rows whose reference was computed before training: the log-probability that it gives each answer,
+float32 [sides]; of packs those of all sides, one after the other."""
 CHUNK = 2048
 """Tokens whose logits exist at a time in the fused loss."""
 

@@ -18,9 +18,10 @@ class RewardModel(AnswerLoss):
         """Returns the loss of a micro-batch; `passes` give the rewards of texts."""
         count = batch.pop("num_items_in_batch", None)
         if "position_ids" in batch:
-            is_in = sides_of(batch["position_ids"], 2)
-            labels = batch["labels"][:, None].masked_fill(~is_in, IGNORED)
-            return self.loss(rewarded(passes.rewards(batch, _last(is_in)), labels), count)
+            is_in = sides_of(batch["position_ids"], passes.sides)
+            labels = batch["labels"][:, None].masked_fill(~is_in, IGNORED).unflatten(1, (-1, 2))
+            rewards = passes.rewards(batch, _last(is_in)).unflatten(1, (-1, 2))
+            return self.loss(rewarded(rewards.flatten(0, 1), labels.flatten(0, 1)), count)
         labels, mask = batch["labels"], batch["attention_mask"]
         texts = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
         rewards = passes.rewards(texts, _last(texts["attention_mask"][:, None].bool()))

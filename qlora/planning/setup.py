@@ -51,6 +51,8 @@ class Setup:
     """The share of the tokens that the loss counts."""
     attended: float = 1.0
     """Tokens in attention for each token that layers compute: more than 1 where answers share their prompts."""
+    reference_passes: float = 0.0
+    """Forward passes with the reference for each step: 1, or fewer where it is computed once for several epochs."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 

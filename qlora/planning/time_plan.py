@@ -81,8 +81,8 @@ def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operati
 
     Of a mixture's experts, and of their adapters, those count that compute a token (`active_adapters`). A matmul of n
     weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for trained ones,
-    2.5 times those of attention, and twice those of a recurrence's state. `again` is the share of layers that do their
-    forward pass twice.
+    2.5 times those of attention, and twice those of a recurrence's state. `again` is how often layers do
+    their forward pass once more, on average.
     """
     frozen = 4 if adapters else 6
     output = shape.hidden * shape.vocabulary
@@ -104,10 +104,10 @@ def active_adapters(shape: Shape, trained: int, on_experts: int) -> int:
 
 
 def operations_per_token(shape: Shape, setup: Setup) -> float:
-    """Returns the operations a token in rows of `setup.length` tokens, those of checkpointed layers included."""
+    """Returns the operations a token in rows of `setup.length` tokens, with those of checkpoints and the reference."""
     ledger = Ledger(shape, setup)
     adapters = active_adapters(shape, ledger.trained_count, ledger.trained_on_experts) if setup.r else 0
-    operations = count_operations(shape, adapters, setup.checkpointed / shape.layers)
+    operations = count_operations(shape, adapters, setup.checkpointed / shape.layers + setup.reference_passes)
     left_out = 1 - setup.target_share if setup.step is PlanStep.fast else 0  # transformers computes all logits
     pairs = sum(count * _seen(setup.length, window) for window, count in operations.per_pair.items())
     return operations.per_token - left_out * operations.output + pairs

@@ -224,9 +224,18 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         step=_find_step(config, shape),
         fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
+        reference_passes=_reference_passes(config),
         loss=config.loss,
         waiting=len(shape.experts.layers) if offload is ExpertsOffload.all and shape.experts is not None else 0,
     )
+
+
+def _reference_passes(config: Config) -> float:
+    """Returns the forward passes with the reference for each step, those before the first step spread over all."""
+    loss, epochs = config.loss, config.trainer.num_train_epochs or 1
+    if not loss.compares:
+        return 0
+    return 1 / max(epochs, 1) if loss.can_cache_reference and loss.cache_reference is not False else 1
 
 
 def _find_step(config: Config, shape: Shape) -> PlanStep:

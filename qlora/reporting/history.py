@@ -119,4 +119,5 @@ def curve_title(name: str) -> tuple[str, str]:
         "expert_idle_share": ("experts without tokens", "share"),
         "router_aux_loss": ("balancing loss of the routers", "not trained"),
     }
-    return known.get(name) or (name.removeprefix("eval_").replace("_", " "), "held out")
+    plain = name.removeprefix("eval_")
+    return known.get(name) or (plain.replace("_", " "), "training" if name == plain else "held out")

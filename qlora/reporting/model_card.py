@@ -14,6 +14,7 @@ from qlora.quantization.method import find_method
 from qlora.reporting.escape import markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.kept import kept_lines
 from qlora.reporting.manifest import versions
+from qlora.reporting.rendering import previous_model
 from qlora.runtime.atomic_files import write_text
 from qlora.text import format_metric, format_range, is_detail, plural, quoted
 
@@ -143,7 +144,12 @@ def _results(config: Config, result: dict[str, Any]) -> str:
         interval = intervals.get(f"eval_{name}")
         certain = format_range(name, *interval) if interval else ""
         rows.append((name.replace("_", " "), *(format_metric(name, value) for value in values), certain))
-    head: tuple[str, ...] = ("held-out metric", "untuned base", "this model", "95 % interval")
+    head: tuple[str, ...] = (
+        "held-out metric",
+        previous_model(config.loss.name, config.lora.start),
+        "this model",
+        "95 % interval",
+    )
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     table = markdown_table(head, rows)

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from qlora.config.registries.objectives import RowKind, rows_of
 from qlora.reporting.history import NOISY, Curve, curve_title
 from qlora.runtime.run_folder import flatten
 from qlora.text import format_duration, format_metric
@@ -111,6 +112,11 @@ def metric_title(name: str) -> str:
     if name.startswith("base_eval_"):
         return f"{metric_title(name.removeprefix('base_eval_'))} of the untuned base"
     return NAMES.get(name) or name.removeprefix("eval_").replace("_", " ")
+
+
+def previous_model(loss: str, start: str | None) -> str:
+    """Returns what the model is called that a run measures before it trains with a loss, maybe from a start adapter."""
+    return "start" if start is not None and rows_of(loss) is not RowKind.tokens else "untuned base"
 
 
 def format_value(value: float | None, name: str) -> str:

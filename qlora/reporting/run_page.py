@@ -24,6 +24,7 @@ from qlora.reporting.rendering import (
     metric_title,
     plain_config,
     plain_value,
+    previous_model,
     render,
 )
 from qlora.runtime.atomic_files import read_record, write_text
@@ -92,7 +93,8 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str, stat
     `state` is that of a run that has not finished; `result` then holds the metrics that are known.
     """
     manifest = intact(folder.stored_manifest) or {}
-    metrics = result.get("metrics", {})
+    metrics, config = result.get("metrics", {}), manifest.get("config", {})
+    previous = previous_model(config.get("loss", {}).get("name", "sft"), config.get("lora", {}).get("start"))
     charts, groups = _charts(with_base(curves(read_history(folder.path)), base_metrics(folder, metrics)))
     answers = read_answers(folder)
     examples = [_example(row) for row in intact(lambda: read_examples(folder.examples)) or []]
@@ -121,7 +123,8 @@ def run_page(folder: RunFolder, result: Mapping[str, Any], *, command: str, stat
         started=str(manifest.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
         state=state,
         warnings=_warnings(folder.path / "train.log"),
-        tiles=_tiles(metrics),
+        tiles=_tiles(metrics, previous),
+        previous=previous,
         compared=any(key.startswith("base_eval_") for key in metrics),
         certain=bool(result.get("intervals")),
         measured=_measured(result, detail=False),
@@ -151,8 +154,13 @@ def _charts(measured: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[d
     if charts and held_out != "eval_loss":
         charts[0]["unit"] = ""  # not nats of a token
     for name, curve in thinned.items():
-        if name not in ("loss", held_out):
-            charts.append(chart(name, [line(int(name.startswith("eval_")), curve)]))
+        if name in ("loss", held_out) or f"eval_{name}" in thinned:
+            continue
+        plain, drawn_together = name.removeprefix("eval_"), [line(int(name.startswith("eval_")), curve)]
+        is_both = name != plain != "loss" and plain in thinned  # measured in training, too
+        if is_both:
+            drawn_together.insert(0, line(0, thinned[plain]))
+        charts.append(chart(name, drawn_together) | ({"unit": ""} if is_both else {}))
     lines = [curve for item in charts for curve in item["lines"]]
     used = sorted({curve["group"] for curve in lines})
     for curve in lines:
@@ -179,12 +187,12 @@ def _measured(result: Mapping[str, Any], *, detail: bool) -> list[dict[str, str]
     return rows
 
 
-def _tiles(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+def _tiles(metrics: Mapping[str, float], previous: str) -> list[tuple[str, str, str]]:
     tiles: list[tuple[str, str, str]] = []
     for key, value in metrics.items():
         if key.startswith("eval_") and not is_detail(key) and key != "eval_perplexity" and len(tiles) < 3:
             base = metrics.get(f"base_{key}")
-            note = f"untuned base {format_value(base, key)}" if base is not None else ""
+            note = f"{previous} {format_value(base, key)}" if base is not None else ""
             tiles.append((f"{metric_title(key)}, held out", format_value(value, key), note))
     speed = ("train_runtime", "train_tokens_per_second", "train_mfu", "train_data_wait")
     tiles += [(metric_title(key), format_value(metrics[key], key), "") for key in speed if metrics.get(key) is not None]

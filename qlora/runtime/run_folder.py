@@ -42,6 +42,8 @@ FREE_KEYS = (
 ADDED_KEYS: dict[str, Any] = {
     "loss.name": "sft",
     **{f"loss.{name}": None for name in LOSS_SETTINGS},
+    "loss.cache_reference": "auto",
+    "evaluation.win": None,
     "trainer.step_parts": [],
     "quantization.method": "auto",
     "quantization.experts": "same",

@@ -8,6 +8,7 @@ a model. Evaluation, generation and saving see the unchanged model. What stays a
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel
@@ -58,6 +59,7 @@ class FastStep:
         self._context = StepContext(
             model, self.base, self.layers, trainer, quantization, placement, packs, objective
         )  # fmt: skip
+        self._reads_reference = False
         self._active: dict[str, Part] = {}
         for name in PARTS:
             self._decide(name, find_part(name)(self._context))
@@ -160,6 +162,15 @@ class FastStep:
             if hasattr(part, "measure_weights"):  # a part of another package may do without
                 part.measure_weights()
 
+    @contextlib.contextmanager
+    def reading_reference(self) -> Iterator[None]:
+        """Makes steps inside the block return what the reference says of answers, float32 [rows, sides], as logits."""
+        self._reads_reference = True
+        try:
+            yield
+        finally:
+            self._reads_reference = False
+
     def __str__(self) -> str:
         on = [name for name, state in self.parts.items() if state == ON]
         off = [f"{name}: {state}" for name, state in self.parts.items() if state != ON]
@@ -186,6 +197,10 @@ class FastStep:
     def _forward(self, **batch: Any) -> CausalLMOutputWithPast:
         """The forward pass of one batch, as the trainer asks for it."""
         batch = {name: value for name, value in batch.items() if value is not None}  # PEFT passes all it knows
+        if self._reads_reference:
+            self._passes.targets = self.targets
+            answers: Any = self.objective
+            return CausalLMOutputWithPast(logits=answers.reference_on_batch(batch, self._passes))
         if (loss_on_batch := getattr(self.objective, "loss_on_batch", None)) is not None:
             self._passes.targets = self.targets
             return CausalLMOutputWithPast(loss=loss_on_batch(batch, self._passes))

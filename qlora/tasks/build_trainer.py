@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
 from qlora.data.batching.collate import count_work
 from qlora.data.batching.token_store import column
+from qlora.data.reference_store import WithReference
 from qlora.errors import DataError, RunError
 from qlora.models.cu_seqlens import hand_cu_seqlens
 from qlora.models.outputs import switch_cache
@@ -32,6 +34,7 @@ from qlora.runtime.sweep_job import TRIAL_VARIABLE
 from qlora.session import Session
 from qlora.step.fast_step import FastStep, Packs
 from qlora.step.part import ON
+from qlora.tasks.build_reference import build_items
 from qlora.text import parse_size
 from qlora.training.arguments import build_arguments
 from qlora.training.keep import KeepCallback
@@ -41,6 +44,7 @@ from qlora.training.page_callback import Page, PageCallback
 from qlora.training.peak_memory import PeakMemory
 from qlora.training.profiling import ProfileCallback
 from qlora.training.progress import ProgressCallback
+from qlora.training.resume import CACHES_REFERENCE
 from qlora.training.trackers import Tracker, tracker_ids
 from qlora.training.trackers.callback import TrackerCallback
 from qlora.training.trainer import QLoraTrainer
@@ -56,10 +60,11 @@ def build_trainer(
     tracker: Tracker,
     page: Page | None = None,
     peak: PeakMemory | None = None,
+    checkpoint: Path | None = None,
 ) -> QLoraTrainer:
     """Returns the trainer of a model on the session's rows; `callbacks` are the user's own, `page` shows the run.
 
-    `peak` follows the memory of the run, from its model on.
+    `peak` follows the memory of the run, from its model on; `checkpoint` is where it resumes.
     """
     config, placement = session.config, session.placement
     step = build_step(session, model)
@@ -91,10 +96,11 @@ def build_trainer(
     budget = build_budget(session, step, max_length=max(width, *lengths), most_targets=data.most_targets, memory=peak)
     _say_step(step, budget)
     _say_sharing(session)
+    items = build_items(session, model, step, checkpoint)
     trainer = QLoraTrainer(
         model=model,
         arguments=arguments,
-        rows=data.packed or data.train,
+        rows=items,
         lengths=lengths,
         collate=session.collator(width),
         count=partial(count_work, pad_token_id=session.pad_token_id, windows=windows),
@@ -107,7 +113,7 @@ def build_trainer(
         budget=budget,
         peak=peak,
         stop=session.stop,
-        metadata=_checkpoint_metadata(session),
+        metadata=_checkpoint_metadata(session) | {CACHES_REFERENCE: isinstance(items, WithReference)},
         watchdog=config.watchdog,
         name_rows=data.named_rows,
         callbacks=[*_run_callbacks(session, tracker, page, meter), *callbacks],

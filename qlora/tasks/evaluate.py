@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from qlora.config.paths import short_path
 from qlora.config.schema import Config, EvaluationName
 from qlora.reporting.manifest import write_json
 from qlora.runtime.needs import Needs, Rows
@@ -9,6 +12,12 @@ from qlora.runtime.task_result import TaskResult
 from qlora.tasks.measured import build_result, load_model, measure_untuned, prefixed, print_measured
 from qlora.tasks.protocol import TaskJob
 from qlora.tasks.used import describe_used
+
+if TYPE_CHECKING:  # which import torch
+    from peft import PeftModel
+
+    from qlora.evaluation.measure import Measurement
+    from qlora.session import Session
 
 
 def needs(config: Config) -> Needs:
@@ -18,7 +27,7 @@ def needs(config: Config) -> Needs:
         torch=True,
         base=True,
         rows=Rows.held_out if evaluation.name is EvaluationName.rows else Rows.none,
-        answers=evaluation.generate_samples if evaluation.metrics else 0,
+        answers=evaluation.scored_answers,
         tracker=True,
         caches=True,
     )
@@ -40,7 +49,7 @@ def run(job: TaskJob) -> TaskResult:
     with session.tracking() as (tracker, metrics):
         base = Measurement()
         if isinstance(model, PeftModel) and job.config.evaluation.baseline and job.config.task.evaluate:
-            base = measure_untuned(session, model)
+            base = _measure_base(session, model)
         metrics |= prefixed("base_eval_", base.metrics)
         measured = session.measure(model) if isinstance(model, PeftModel) else session.measure_base(model)
         metrics |= prefixed("eval_", measured.metrics)
@@ -51,3 +60,14 @@ def run(job: TaskJob) -> TaskResult:
         write_json(job.folder.result("evaluate"), result.to_dict())
     print_measured("evaluated", job, result, measured.predictions)
     return result
+
+
+def _measure_base(session: Session, model: PeftModel) -> Measurement:
+    """Measures what training has measured before its first step: the base, or the start of preferences."""
+    from qlora import adapters
+
+    start = session.start if session.config.loss.measured else None
+    if start is None:
+        return measure_untuned(session, model)
+    with adapters.reference_of_trained(model, start)():
+        return measure_untuned(session, model, keep_adapter=True, label=f"the start ({short_path(start)})")

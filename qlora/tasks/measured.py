@@ -42,8 +42,11 @@ def measure_untuned(
 
     rows = f" on {len(session.measurer.rows):,} held-out rows" if session.measures_rows else ""
     console.say(f"measuring {label}{rows}")
+    session.previous_answers = []
     with contextlib.nullcontext() if keep_adapter else adapter_off(model):
-        return session.measure_base(model)
+        measured = session.measure_base(model)
+    session.previous_answers = measured.predictions
+    return measured
 
 
 def prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from qlora.reporting.model_card import write_model_card
 from qlora.reporting.run_page import write_run_page
 from qlora.reporting.start_lines import evaluation_lines, training_lines
 from qlora.runtime import console, distributed
-from qlora.runtime.atomic_files import read_json, waiting_for_space, write_folder, write_lines, write_text
+from qlora.runtime.atomic_files import read_json, read_lines, waiting_for_space, write_folder, write_lines, write_text
 from qlora.runtime.disk_space import Patience, wait_for_space
 from qlora.runtime.needs import Needs, Rows
 from qlora.runtime.saved_run import find_damage, set_damage_aside
@@ -60,8 +60,7 @@ log = logging.getLogger(__name__)
 def needs(config: Config) -> Needs:
     """Returns what training needs; with `task.train=false` it measures what the folder holds."""
     task, evaluation = config.task, config.evaluation
-    scored = evaluation.generate_samples if evaluation.metrics else 0
-    scored = scored if task.evaluate else 0
+    scored = evaluation.scored_answers if task.evaluate else 0
     is_tracked = bool(config.tracking.trackers)
     printed = evaluation.show_predictions if task.predict or is_tracked else 0
     return Needs(
@@ -281,11 +280,15 @@ class Training:
     # Training
 
     def _build_trainer(
-        self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker
+        self,
+        model: PreTrainedModel | PeftModel,
+        callbacks: list[Any],
+        tracker: Tracker,
+        checkpoint: Path | None = None,
     ) -> QLoraTrainer:
         from qlora.tasks.build_trainer import build_trainer
 
-        return build_trainer(self.session, model, callbacks, tracker, self._page, self._peak)
+        return build_trainer(self.session, model, callbacks, tracker, self._page, self._peak, checkpoint)
 
     def _fit(
         self, model: PreTrainedModel | PeftModel, callbacks: list[Any], tracker: Tracker, checkpoint: Path | None
@@ -293,7 +296,7 @@ class Training:
         """Trains the model and saves what was trained; returns the metrics of the training steps."""
         from qlora.reporting.loss_curve import plot_loss
 
-        trainer = self._build_trainer(model, callbacks, tracker)
+        trainer = self._build_trainer(model, callbacks, tracker, checkpoint)
         wait_for_space(self.folder.checkpoints, trainer.checkpoint_size)
         if checkpoint is not None:
             check_prompts(checkpoint, self.config, shares_prompts=self.session.data.shares_prompts)
@@ -355,7 +358,7 @@ class Training:
             return Measurement()
         path = self.folder.baseline
         saved = distributed.broadcast(read_json(path) if distributed.is_main_process() else None)
-        if saved is not None:
+        if saved is not None and self._recall_answers():
             try:
                 return Measurement.from_dict(saved)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -371,6 +374,17 @@ class Training:
                 write_lines(self.folder.base_predictions, predictions)
             write_json(path, measured.to_dict())
         return measured
+
+    def _recall_answers(self) -> bool:
+        """Reads the answers of the start where others are compared with them; returns whether all are there."""
+        if self.config.evaluation.win is None:
+            return True
+        is_main, path = distributed.is_main_process(), self.folder.base_predictions
+        answers = distributed.broadcast(read_lines(path) if is_main and path.exists() else [])
+        most = self.session.scored_answers
+        count = len(self.session.measurer.rows)
+        self.session.previous_answers = answers
+        return len(answers) == (count if most is None else min(most, count))
 
     def _measure_after(self, model: PreTrainedModel | PeftModel) -> Measurement:
         from qlora.evaluation.measure import Measurement

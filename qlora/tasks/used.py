@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # which import torch
 
 MOST = 4
 """The keys that a line of differences names."""
-METRIC_KEYS = ("name", "metrics", "generate_samples", "split", "shots", "max_samples", "source_max_len", "tasks")
+METRIC_KEYS = ("name", "metrics", "win", "generate_samples", "split", "shots", "max_samples", "source_max_len", "tasks")
 """The fields of `evaluation` that decide what is measured."""
 
 

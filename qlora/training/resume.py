@@ -21,6 +21,8 @@ from qlora.training.checkpoints import find_checkpoints, last_checkpoint, read_m
 
 log = logging.getLogger(__name__)
 
+CACHES_REFERENCE = "caches_reference"
+"""The key of a checkpoint's metadata that says whether its run reads the reference of pairs from a cache."""
 ANOTHER_FOLDER = "choose another folder (hydra.run.dir=FOLDER or name=NAME)"
 
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from qlora.config.compose import compose
 from qlora.config.registries.objectives import SHIPPED, RowKind
 from qlora.data.pipeline import build_data
+from qlora.errors import ConfigError
 from qlora.models.model_files import EMBEDDED
 from qlora.run import Run
 
@@ -37,3 +38,22 @@ def test_dpo_after_the_default_run_tells_the_embedded_pairs_apart_and_answers_be
     assert metrics["base_eval_reward_accuracy"] == 0.5
     assert metrics["eval_reward_accuracy"] >= 0.9
     assert result["intervals"]["eval_exact_match"][0] > metrics["base_eval_exact_match"]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "reward"])
+def test_the_embedded_instructions_name_the_embedded_pairs(loss: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^data=demo holds one answer a row, and this loss learns from good answers against bad ones; choose "
+        r"data=demo-preferences to try it, or rows of your own \(data=FILE\)$",
+    ):
+        Run(compose([f"loss={loss}", "trainer.per_device_train_batch_size=2"]), tmp_path).session.data  # noqa: B018
+
+
+def test_recipes_of_preferences_follow_one_another_and_compare_by_held_out_pairs() -> None:
+    first, second = (compose([f"experiment=zephyr-7b-{loss}"]) for loss in ("sft", "dpo"))
+    assert (first.loss.name, second.loss.name, second.lora.start) == ("sft", "dpo", first.name)
+    assert (first.model.name, first.data.template) == (second.model.name, second.data.template)
+    assert second.kept_metric == second.objective == "eval_reward_accuracy"
+    sweep = compose(["sweep=dpo-beta", "data=demo-preferences"])
+    assert (sweep.loss.name, sweep.objective) == ("dpo", "eval_reward_accuracy")

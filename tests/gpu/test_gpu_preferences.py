@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora import adapters
 from qlora.config.schema import Config
 from qlora.data.batching.collate import SharedPromptsCollator, SidesCollator
+from qlora.objectives.protocol import REFERENCE
 from qlora.quantization.bnb4.layers import set_compute_dtype
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
@@ -57,3 +59,27 @@ def test_shared_prompts_learn_what_rows_by_themselves_teach(kind: str, compiled:
     print(f"error of the gradients: apart {errors[0]:.4f}, shared {errors[1]:.4f}")
     assert float(shared[0]) == pytest.approx(float(exact[0]), rel=0.004)
     assert errors[1] < max(1.3 * errors[0], 0.02)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_a_reference_that_was_read_before_gives_the_loss_and_the_gradients_of_one_in_the_step(compiled: bool) -> None:
+    overrides = (f"trainer.compile={str(compiled).lower()}", "trainer.fused_attention=true")
+    model, config = build("llama", overrides)
+    model.to("cuda", torch.bfloat16)
+    set_compute_dtype(model, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    reference = adapters.reference_at_start(model, is_base=True)
+    loss = objective("loss=dpo")
+    step = FastStep(model, config.trainer, config.quantization, GPU, None, loss, reference)
+    batch = {name: value.to("cuda") for name, value in SharedPromptsCollator(0)(ROWS).items()}
+    with GPU.autocast():
+        with torch.no_grad(), step.reading_reference(), step:
+            saved = model(**batch).logits
+        in_step = learn_inside(model, step, batch).float()
+        cached = learn_inside(model, step, {**batch, REFERENCE: saved}).float()
+    assert saved.shape == (len(ROWS), 2)
+    assert float((cached - in_step).norm()) <= 1e-3 * float(in_step.norm())

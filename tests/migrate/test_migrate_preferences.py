@@ -92,6 +92,7 @@ def test_the_lengths_of_older_versions_and_a_yaml_of_trl_are_read(tmp_path: Path
     )
     config, lost = migrated(tmp_path, "dpo.yaml", text)
     assert loss_of(config) == DPO | {"sft_weight": 2.0}
+    assert config.loss.cache_reference is True
     assert (config.data.source_max_len, config.data.target_max_len) == (512, 256)
     assert set(lost) == {"loss_weights", "lora_dropout"}
 
@@ -110,6 +111,8 @@ def test_the_lengths_of_older_versions_and_a_yaml_of_trl_are_read(tmp_path: Path
         ("chatml.intel", "dpo", "dpo_use_weighting: true\ndpo_norm_loss: true\n", DPO,
          {"dpo_use_weighting", "dpo_norm_loss"}),
         ("zephyr.nectar", "dpo", "", DPO, {"datasets[0].type"}),
+        ("chatml.intel", "dpo", "precompute_ref_log_probs: true\n", DPO, set()),
+        ("chatml.argilla", "kto", "precompute_ref_log_probs: true\n", KTO, set()),
         ("chatml.intel", "dpo", "trl: {beta: 0.4}\n", DPO | {"beta": 0.4}, set()),
         ("chatml.intel", "dpo", "lora_dropout: 0.05\n", DPO, {"lora_dropout"}),
     ],
@@ -121,6 +124,7 @@ def test_rl_of_axolotl_becomes_the_loss(
     assert loss_of(config) == loss
     assert set(said) == lost
     assert config.lora.dropout == 0
+    assert config.loss.cache_reference == (True if "precompute" in more and rl == "dpo" else "auto")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
 from qlora.step.part import Packs
 from qlora.training.batches import CountingCollator
+from qlora.upstream.peft import base_of
 from tests.real_models import CPU
 from tests.step.test_fast import build
 
@@ -99,7 +100,9 @@ def test_every_setting_of_a_loss_changes_it_or_its_reference(name: str) -> None:
 def test_a_setting_that_a_loss_does_not_read_is_refused(name: str) -> None:
     value = {"reference": "base", "length_normalize": "true"}
     for setting in set(LOSS_SETTINGS) - {*SHIPPED[name].settings}:
-        with pytest.raises(ConfigError, match=rf"loss\.{setting}=.* is not read by loss\.name={name}; choose one of"):
+        with pytest.raises(
+            ConfigError, match=rf"loss\.{setting}=.* is not read by loss\.name={name}; choose (one of )?loss="
+        ):
             objective(f"loss={name}", f"loss.{setting}={value.get(setting, '0.1')}")
 
 
@@ -116,9 +119,17 @@ def test_a_setting_that_a_loss_does_not_read_is_refused(name: str) -> None:
          r"loss\.reference=base and lora\.init=pissa exclude each"),
         (["loss=dpo", "data.train_on=all"], r"data\.train_on=all counts the tokens of the prompt, and loss=dpo comp"),
         (["loss=kto", "data.packing=true"], r"data\.packing=true joins rows into one, and loss=kto lays answers of"),
-        (["loss=reward", "data.packing=true"], r"data\.packing=true joins rows into one, and loss=reward reads the"),
         (["loss=dpo", "trainer.neftune_noise_alpha=5"], r"trainer\.neftune_noise_alpha=5 would compare answers with"),
         (["loss=kto", "trainer.per_device_train_batch_size=1"], r"per_device_train_batch_size=1 leaves none; set it"),
+        (["loss=orpo", "loss.cache_reference=true"],
+         r"loss\.cache_reference=true: loss=orpo compares with no reference; leave it out"),
+        (["loss=sft", "loss.cache_reference=true"],
+         r"loss\.cache_reference=true: loss=sft compares with no reference; leave it out"),
+        (["loss=dpo", "loss.reference=none", "loss.cache_reference=true"],
+         r"loss\.cache_reference=true: loss=dpo with loss\.reference=none compares with no reference; leave it out"),
+        (["loss=kto", "loss.cache_reference=true"],
+         r"loss\.cache_reference=true: loss=kto compares prompts with answers of other rows of a micro-batch, too, wh"),
+        (["loss=dpo", "loss.cache_reference=1"], r"loss\.cache_reference must be true, false or auto, got 1"),
         (["objective=eval_reward_accuracy"], r"objective='eval_reward_accuracy' is not a metric of this run"),
         (["loss=orpo", "objective=eval_reference_kl"], r"objective='eval_reference_kl' is not a metric of this run"),
     ],
@@ -284,6 +295,24 @@ def test_packs_give_the_loss_and_the_gradient_of_rows(name: str) -> None:
     for fused in ("true", "false"):
         packed = gradients(name, [packs], loss.count(packs).sum(0), f"trainer.fused_loss={fused}", packs=6)
         torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-5 * max(float(plain.abs().max()), 1))
+
+
+def test_packs_give_a_reward_model_the_loss_and_the_gradient_of_rows() -> None:
+    rows = {name: value for name, value in batch().items() if name != "desirable"}
+    learned = []
+    for inputs, limits in ((rows, None), (packs_of(rows), Packs(64, 6, 9))):
+        loss = objective("loss=reward", "loss.center_rewards=0.1")
+        model, step = step_of(loss, packs=limits)
+        base = base_of(model)
+        torch.manual_seed(5)
+        adapters.attach_head(base)
+        torch.nn.init.normal_(base.get_submodule("score").weight, std=0.1)
+        with step:
+            model(**copy.deepcopy(inputs), num_items_in_batch=loss.count(inputs).sum(0)).loss.backward()
+        gradient = [parameter.grad.reshape(-1) for parameter in model.parameters() if parameter.grad is not None]
+        learned.append(torch.cat([*gradient, torch.tensor(list(loss.metrics().values()))]))
+    plain, packed = learned
+    torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-5 * max(float(plain.abs().max()), 1))
 
 
 @pytest.mark.matrix(2)

@@ -23,7 +23,8 @@ from qlora.models.embedded import embedded_warning
 from qlora.planning import gpus
 from qlora.planning.memory_plan import CONTEXT
 from qlora.planning.optimizer_states import OPTIMIZERS
-from qlora.planning.training_plan import Plan, build_plan
+from qlora.planning.time_plan import operations_per_token
+from qlora.planning.training_plan import Plan, build_plan, find_shape, read_setup
 from qlora.tasks.plan import count_tokens, planned_time, print_plan
 from qlora.text import format_duration
 
@@ -422,6 +423,30 @@ def test_an_estimate_of_what_layers_keep_is_said_to_be_one(capsys: pytest.Captur
         said = " ".join(capsys.readouterr().out.split())
         text = "what layers of qwen3_5_text keep, from their modules; parameters and bytes of weights are exact"
         assert (text in said) is is_estimate
+
+
+def test_a_reference_takes_a_pass_more_of_time_in_each_step_or_once_for_all_epochs() -> None:
+    model = [
+        "task=plan",
+        "plan.device=h200",
+        "model=qwen2.5-0.5b",
+        "data=demo-preferences",
+        "trainer.per_device_train_batch_size=4",
+    ]
+
+    def passes(*overrides: str) -> float:
+        config = compose([*model, *overrides])
+        return read_setup(config, find_shape(config)).reference_passes
+
+    epochs = ["trainer.num_train_epochs=4", "trainer.max_steps=null"]
+    assert passes("loss=sft") == passes("loss=orpo") == passes("loss=dpo", "loss.reference=none") == 0
+    assert passes("loss=kto", *epochs) == passes("loss=dpo", *epochs, "loss.cache_reference=false") == 1
+    assert passes("loss=dpo", *epochs) == 1 / 4
+    config = compose([*model, "loss=dpo"])
+    shape = find_shape(config)
+    setup = read_setup(config, shape)
+    once, never = (operations_per_token(shape, replace(setup, reference_passes=count)) for count in (1, 0))
+    assert 1.2 < once / never < 1.5
 
 
 def test_a_prompt_that_both_answers_share_takes_room_and_time_once(

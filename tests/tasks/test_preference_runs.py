@@ -95,6 +95,8 @@ def test_a_run_that_starts_from_an_adapter_compares_with_it_and_another_task_mea
     again = run(tmp_path / "again", *overrides, "task=evaluate", f"adapter={tmp_path / 'next'}")["metrics"]
     for name in ("preference_loss", "reward_accuracy", "reward_margin", "reference_kl"):
         assert again[f"eval_{name}"] == pytest.approx(metrics[f"eval_{name}"], rel=1e-4)
+    assert again["base_eval_loss"] == pytest.approx(metrics["base_eval_loss"], rel=1e-4)  # that of the start
+    assert again["base_eval_reward_margin"] == 0
 
 
 @pytest.mark.parametrize("loss", ["dpo", "reward"])
@@ -154,6 +156,12 @@ def test_a_run_whose_answers_share_prompts_learns_what_one_does_that_computes_th
 PACKED = ("data.packing=true", "data.pack_length=96", "trainer.fused_attention=true")
 
 
+def test_a_reward_model_learns_from_packs(pairs: Path, tmp_path: Path) -> None:
+    packed = ["loss=reward", f"data.path={pairs}", *PACKED, "trainer.per_device_train_batch_size=2"]
+    metrics = run(tmp_path, *packed, "trainer.eval_steps=null", "trainer.keep=last", "trainer.max_steps=8")["metrics"]
+    assert metrics["eval_reward_accuracy"] > 0.9
+
+
 def test_packs_count_a_shared_prompt_once_and_a_model_that_cannot_share_it_gets_others(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,3 +213,92 @@ def test_a_run_resumes_where_prompts_count_as_they_did(pairs: Path, tmp_path: Pa
     (tmp_path / "whole" / "result.json").unlink()
     run(tmp_path / "whole", *sharing, *PACKED, "trainer.per_device_train_batch_size=1", "trainer.max_steps=3")
     assert (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+CACHED = ("trainer.max_steps=5", "trainer.eval_steps=null", "trainer.keep=last", "task.evaluate=false",
+          "trainer.logging_steps=1")  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["rows", "shared prompts", "packs", "a start"])
+def test_a_cached_reference_gives_the_bits_of_one_that_is_computed_in_each_step(
+    layout: str, dpo: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layouts = {
+        "rows": ["lora.dropout=0.1"],
+        "shared prompts": ["trainer.fused_attention=true", "trainer.fused_loss=true"],
+        "packs": [*PACKED, "trainer.per_device_train_batch_size=1", "trainer.fused_loss=true"],
+        "a start": [f"lora.start={dpo[0] / 'adapter'}"],
+    }
+    overrides = [*layouts[layout], "loss=dpo", f"data.path={pairs}", *CACHED, f"data.cache_dir={tmp_path}"]
+    written = {}
+    for name, settings, said in (
+        ("each", ["loss.cache_reference=false"], r"reference +computed in each step: loss\.cache_reference=false"),
+        ("once", ["loss.cache_reference=true"], r"reference +the log-probabilities of \d+ pairs are computed once, in"),
+        ("again", ["loss.cache_reference=true"], r"reference +the log-probabilities of \d+ pairs are read from"),
+    ):
+        run(tmp_path / name, *overrides, *settings)
+        assert re.search(said, capsys.readouterr().out), name
+        written[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert written["each"] == written["once"] == written["again"]
+    assert len(list(tmp_path.glob("reference-*"))) == 1
+
+
+def test_runs_share_a_cached_reference_whatever_they_minimise_and_no_other_rows_or_reference(
+    dpo: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["loss=dpo", f"data.path={pairs}", "loss.cache_reference=true", f"data.cache_dir={tmp_path}",
+              *CACHED, "trainer.max_steps=1"]  # fmt: skip
+
+    def caches(name: str, *overrides: str) -> bool:
+        run(tmp_path / name, *common, *overrides)
+        return "computed once" in capsys.readouterr().out
+
+    assert caches("first")
+    assert not caches("same", "loss.beta=0.5", "trainer.learning_rate=1e-3", "seed=3")
+    assert not caches("ipo", "loss=ipo", "loss.cache_reference=true")
+    assert caches("others", "data.split_seed=3")
+    assert caches("start", f"lora.start={dpo[0] / 'adapter'}")
+    assert not caches("base", f"lora.start={dpo[0] / 'adapter'}", "loss.reference=base")
+    (entry, *_) = tmp_path.glob("reference-*/log_probs.arrow")
+    for damaged in tmp_path.glob("reference-*/log_probs.arrow"):
+        damaged.write_bytes(entry.read_bytes()[:100])
+    assert caches("damaged")
+
+
+def test_auto_caches_the_reference_of_pairs_that_come_again_and_resumes_as_the_run_began(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["loss=dpo", f"data.path={pairs}", *CACHED, "trainer.save_steps=2"]
+    run(tmp_path / "once", *overrides, "trainer.max_steps=2")
+    assert re.search(r"in each step: loss\.cache_reference=auto, the run\s+passes over its pairs once", _plain(capsys))
+    folder, adapter = tmp_path / "run", tmp_path / "run" / "adapter"
+    run(folder, *overrides, "trainer.max_steps=12")
+    assert re.search(r"loss\.cache_reference=auto, the run passes over its pairs [\d.]+ times", _plain(capsys))
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    for late in [
+        *(folder / "checkpoints").glob("checkpoint-[468]*"),
+        *folder.glob("checkpoints/checkpoint-1*"),
+        adapter,
+    ]:
+        shutil.rmtree(late)
+    (folder / "result.json").unlink()
+    run(folder, *overrides, "trainer.max_steps=12")
+    assert "loss.cache_reference=auto, as before checkpoint-2" in _plain(capsys)
+    assert (adapter / "adapter_model.safetensors").read_bytes() == whole
+
+
+def _plain(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_card_and_page_say_that_a_run_is_compared_with_its_start_and_draw_both_curves_of_a_measure_together(
+    dpo: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path
+) -> None:
+    run(tmp_path / "next", "loss=dpo", f"data.path={pairs}", f"lora.start={dpo[0] / 'adapter'}", "trainer.max_steps=3")
+    assert "| held-out metric | untuned base | this model |" in (dpo[0] / "README.md").read_text()
+    assert "| held-out metric | start | this model |" in (tmp_path / "next" / "README.md").read_text()
+    page = (tmp_path / "next" / "report.html").read_text()
+    assert "untuned base" not in page
+    assert '<th scope="col" class="number">start</th>' in page
+    assert page.count('"title":"reward accuracy","unit":"","lines":[{') == 1
+    assert page.count('"title":"reward accuracy"') == 1

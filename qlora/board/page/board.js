@@ -16,7 +16,7 @@
   // Numbers as people read them
 
   const isNumber = (value) => typeof value === "number";
-  const isShare = (name) => /(exact_match|accuracy|acc|acc_norm|_match|mfu|data_wait)$/.test(name);
+  const isShare = (name) => /(exact_match|win_rate|accuracy|acc|acc_norm|_match|mfu|data_wait)$/.test(name);
   const share = (value) => {
     if (value > 0 && value < 0.0005) return "<0.1 %";
     return value < 1 && value >= 0.9995 ? ">99.9 %" : `${(100 * value).toFixed(1)} %`;

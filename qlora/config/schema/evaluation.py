@@ -17,6 +17,9 @@ METRIC_GROUP = "qlora.metrics"
 """The entry points by which an installed package adds metrics."""
 
 
+WIN_METRICS = ("win_rate", "win_count", "tie_count", "loss_count")
+"""What `evaluation.win` measures: the share of answers that win, ties half, and how many there are of each."""
+
 METRIC_LIBRARY = "evaluate"
 """In place of a module it means a metric of Hugging Face's library of this name."""
 
@@ -38,6 +41,10 @@ class EvaluationConfig:
     """Metrics of generated answers: `exact_match`; `evaluate:NAME`, one of Hugging Face's `evaluate` library; or your
     own `module:function`, called with a list of predictions and a list of references, returning a number, or one
     number a row. Empty: nothing is generated."""
+    win: str | None = None
+    """Your own `module:function` that says which answer is better, called with a prompt, the answer of the trained
+    model and that of the model before: the untuned base, or with a preference loss the adapter of `lora.start`. It
+    returns `win`, `tie` or `lose` for the trained one."""
     baseline: bool = True
     """Measure the untuned base too, for the before -> after comparison."""
     generate_samples: int | None = None
@@ -65,6 +72,7 @@ class EvaluationConfig:
             require(value is None or value > 0, f"evaluation.{name}", "be positive or null", value)
         require(self.source_max_len > 0, "evaluation.source_max_len", "be positive", self.source_max_len)
         require(self.show_predictions >= 0, "evaluation.show_predictions", "not be negative", self.show_predictions)
+        self._check_win()
         for name in self.metrics:
             if FUNCTION_PATH.fullmatch(name) or name in METRIC_NAMES:
                 continue
@@ -74,7 +82,7 @@ class EvaluationConfig:
                     f"{', '.join(known)}, evaluate:NAME of the evaluate library, or name your own function as "
                     "module:function"
                 )
-        names = ["loss", "perplexity", *map(metric_name, self.metrics)]
+        names = ["loss", "perplexity", *(WIN_METRICS if self.win else ()), *map(metric_name, self.metrics)]
         for name in self.metrics:
             if names.count(metric_name(name)) > 1:
                 raise ConfigError(
@@ -96,6 +104,24 @@ class EvaluationConfig:
                 "evaluation=lm-eval needs evaluation.tasks, names of the harness's tasks, e.g. "
                 "evaluation.tasks=[arc_easy]"
             )
+
+    def _check_win(self) -> None:
+        if self.win is None:
+            return
+        if not FUNCTION_PATH.fullmatch(self.win):
+            raise ConfigError(
+                f"evaluation.win must be module:function, a function of yours that compares answers, got {self.win!r}"
+            )
+        if not self.baseline:
+            raise ConfigError(
+                f"evaluation.win={self.win} compares with answers of the model before, and evaluation.baseline=false "
+                "has none written; leave one of them out"
+            )
+
+    @property
+    def scored_answers(self) -> int | None:
+        """How many held-out rows are answered where a model is measured; None: all."""
+        return self.generate_samples if self.metrics or self.win else 0
 
     def _check_read(self) -> None:
         """Refuses a value that the chosen evaluation does not read."""
@@ -126,7 +152,7 @@ def metric_name(name: str) -> str:
 def known_metrics_of_rows(evaluation: EvaluationConfig) -> list[str]:
     """Returns the plain names of the metrics of held-out rows; the `evaluate` library names its own once measured."""
     functions = [metric_name(name) for name in evaluation.metrics if not name.startswith(f"{METRIC_LIBRARY}:")]
-    return ["loss", "perplexity", *functions]
+    return ["loss", "perplexity", *functions, *(WIN_METRICS if evaluation.win else ())]
 
 
 def known_metrics(evaluation: EvaluationConfig) -> list[str]:
@@ -137,4 +163,5 @@ def known_metrics(evaluation: EvaluationConfig) -> list[str]:
     speed = ["train_tokens_per_second", "train_mfu", "train_data_wait"]
     training = ["train_loss", *speed, "train_runtime", "train_memory_retries", "peak_memory_gb"]
     training += [f"train_watchdog_{name}" for name in WATCHDOG_COUNTS]
-    return [f"eval_{name}" for name in measured] + [f"base_eval_{name}" for name in measured] + training
+    of_base = [f"base_eval_{name}" for name in measured if name not in WIN_METRICS]
+    return [f"eval_{name}" for name in measured] + of_base + training

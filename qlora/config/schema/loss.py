@@ -50,6 +50,11 @@ class LossConfig:
     """The weight of answers that are labelled bad."""
     center_rewards: float | None = None
     """The weight of the squared sum of both rewards of a pair, which keeps them around 0."""
+    cache_reference: Any = "auto"
+    """Compute the log-probabilities that the reference gives the answers once, before training, and keep them in
+    `data.cache_dir` for other runs with the same reference and rows, whatever else these set: true, false (in each
+    step) or `auto` (where the run passes over its pairs more than once). They differ from those of a step by the
+    rounding of another batch."""
     options: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any]})
     """Settings of an objective of another package, e.g. `{smoothing: 0.1}`; those of this package have none."""
 
@@ -63,6 +68,7 @@ class LossConfig:
             raise ConfigError(f"loss.options is not read by loss.name={self.name}; leave it out")
         self._check_read()
         self._check_values()
+        self._check_cache()
 
     def _check_read(self) -> None:
         """Refuses a setting that the loss does not read, and a missing one that it does."""
@@ -70,8 +76,8 @@ class LossConfig:
         for name in LOSS_SETTINGS:
             value = getattr(self, name)
             if value is not None and name not in read:
-                readers = listed([other for other, shipped in SHIPPED.items() if name in shipped.settings])
-                way_out = f"choose one of {readers}, or leave it out"
+                readers = [f"loss={other}" for other, shipped in SHIPPED.items() if name in shipped.settings]
+                way_out = f"choose {'one of ' if len(readers) > 1 else ''}{listed(readers)}, or leave it out"
                 if self.name not in SHIPPED:
                     way_out = f"write loss.options.{name}={value}"
                 raise ConfigError(f"loss.{name}={value} is not read by loss.name={self.name}; {way_out}")
@@ -93,6 +99,24 @@ class LossConfig:
         for name, (holds, rule) in limits.items():
             value = getattr(self, name)
             require(value is None or holds(value), f"loss.{name}", rule, value)
+
+    def _check_cache(self) -> None:
+        value, key = self.cache_reference, "loss.cache_reference"
+        require(value == "auto" or isinstance(value, bool), key, "be true, false or auto", value)
+        if value is not True or self.can_cache_reference:
+            return
+        if not self.compares:
+            none = " with loss.reference=none" if self.reference is not None else ""
+            raise ConfigError(f"{key}=true: loss={self.name}{none} compares with no reference; leave it out")
+        raise ConfigError(
+            f"{key}=true: loss={self.name} compares prompts with answers of other rows of a micro-batch, too, which "
+            "change with every epoch; leave it out"
+        )
+
+    @property
+    def can_cache_reference(self) -> bool:
+        """Whether what the reference says of a row is the same in every step."""
+        return self.compares and self.rows is RowKind.pairs
 
     @property
     def compares(self) -> bool:
@@ -122,7 +146,9 @@ class LossConfig:
         return rows_of(self.name)
 
 
-LOSS_SETTINGS = tuple(item.name for item in fields(LossConfig) if item.name not in ("name", "options"))
+LOSS_SETTINGS = tuple(
+    item.name for item in fields(LossConfig) if item.name not in ("name", "cache_reference", "options")
+)
 """The settings of which every loss reads some."""
 
 
@@ -149,9 +175,10 @@ def check_preferences(loss: LossConfig, lora: LoraConfig, data: DataConfig, trai
             f"trainer.neftune_noise_alpha={trainer.neftune_noise_alpha:g} would compare answers with noise, and {name} "
             "compares their log-probabilities; leave it out"
         )
-    if data.packing and (loss.head or loss.rows is RowKind.labelled):
-        what = "reads the last token of each text" if loss.head else "lays answers of other rows beside each"
-        raise ConfigError(f"data.packing=true joins rows into one, and {name} {what}; leave it out")
+    if data.packing and loss.rows is RowKind.labelled:
+        raise ConfigError(
+            f"data.packing=true joins rows into one, and {name} lays answers of other rows beside each; leave it out"
+        )
     if loss.rows is RowKind.labelled and trainer.per_device_train_batch_size < 2:
         raise ConfigError(
             f"{name} estimates the divergence from the reference by the answers of other rows in a micro-batch, and "

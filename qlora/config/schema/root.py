@@ -380,7 +380,7 @@ def named_functions(config: Config) -> Iterator[tuple[str, str]]:
     data = config.data
     texts = {"data.path": data.path, "data.eval_path": data.eval_path, "data.format": data.format}
     texts |= {"quantization.method": config.quantization.method, "loss.name": config.loss.name}
-    texts["tracking.backend"] = config.tracking.backend
+    texts |= {"tracking.backend": config.tracking.backend, "evaluation.win": config.evaluation.win}
     texts |= {f"tracking.also[{index}]": name for index, name in enumerate(config.tracking.also)}
     texts |= {f"trainer.step_parts[{index}]": name for index, name in enumerate(config.trainer.step_parts)}
     for name, part in data.mix.items():

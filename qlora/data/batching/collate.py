@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora.data.batching.packing import SIDES
 from qlora.data.batching.row_encoder import IGNORED
 from qlora.data.batching.shared_prompts import NOWHERE, join_sides
-from qlora.objectives.protocol import SHARED_ROWS
+from qlora.objectives.protocol import REFERENCE, SHARED_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,8 @@ class Collator:
             batch["position_ids"] = _fill([row["position_ids"] for row in rows], inside, cells - lengths[:, None])
             if shares:
                 batch |= self._shared_rows(rows, inside)
+            if REFERENCE in rows[0]:
+                batch[REFERENCE] = _side_by_side([row[REFERENCE] for row in rows])
         else:
             batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
         return batch
@@ -80,6 +82,8 @@ class SidesCollator:
             sides = [{name: side[name][: self.max_length] for name in ("input_ids", "labels")} for side in sides]
         batch = Collator(self.pad_token_id)(sides)
         batch = {name: value.unflatten(0, (len(rows), 2)) for name, value in batch.items()}
+        if REFERENCE in rows[0]:
+            batch[REFERENCE] = _side_by_side([row[REFERENCE] for row in rows])
         if "desirable" in rows[0]:
             batch["desirable"] = torch.tensor([bool(row["desirable"]) for row in rows])
         return batch
@@ -98,7 +102,13 @@ class SharedPromptsCollator:
 
 def _pack_of(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     ids, labels = ([np.asarray(row[names[index]]) for names in SIDES] for index in (0, 1))
-    return join_sides(ids, labels, [row["shared"]])
+    saved = {REFERENCE: row[REFERENCE]} if REFERENCE in row else {}
+    return join_sides(ids, labels, [row["shared"]]) | saved
+
+
+def _side_by_side(values: Sequence[np.ndarray]) -> torch.Tensor:
+    """Returns the log-probabilities of the sides of rows or packs, float32 [rows, sides], with 0 behind the last."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in values], batch_first=True)
 
 
 def _rejected(row: Mapping[str, Any]) -> dict[str, Any]:
