@@ -56,10 +56,11 @@ def _grouped(groups: Iterator[ServedGroup]) -> Iterator[None]:
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():
-            for group in entered:
-                group.release()
+            while entered:  # one at a time is freed as its layers get a memory of their own
+                group = entered.pop()
                 for module in group.modules:
                     module.__dict__.pop("forward", None)
+                group.release()
 
 
 def _forward(group: ServedGroup, slot: int) -> Any:
