@@ -76,13 +76,13 @@ class Slots:
             return reason
         if self.device.type == "cuda" and importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
-        with torch.inference_mode(), self.autocast():
+        with self._on_device, torch.inference_mode(), self.autocast():
             return differs_reason(model, self.dtype, partial(self._matmuls, model, decoded=False))
 
     @contextmanager
     def serving(self, model: torch.nn.Module) -> Iterator[None]:
         """Returns the context in which an `Engine` answers."""
-        with self.matmuls(model), serving(model, self.dtype, decoded=False):
+        with self._on_device, self.matmuls(model), serving(model, self.dtype, decoded=False):
             yield
 
     def matmuls(self, model: torch.nn.Module) -> AbstractContextManager[None]:
@@ -102,6 +102,11 @@ class Slots:
                 yield
         else:
             yield
+
+    @property
+    def _on_device(self) -> AbstractContextManager[None]:
+        """The context in which kernels run on the device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def are_decoded(self, model: torch.nn.Module) -> bool:
         """Returns whether the weights of a 4-bit base are decoded once."""

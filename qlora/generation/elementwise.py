@@ -1,7 +1,7 @@
 """Puts kernels in the place of norms, rotary positions and gates of a model while it answers on a GPU.
 
-Each is recognised by what it computes: on a trial input the module's own code must give the numbers of a twin, to the
-bit. Whatever does not stays as it is.
+Each is recognised by what it computes: on a trial input the module's code must give the numbers of a twin, to the bit.
+Whatever does not stays as it is.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def _find_norm(module: nn.Module) -> Callable[..., Tensor] | None:
         return None
     if weight.dim() != 1 or not weight.is_floating_point():
         return None
-    own_module: Any = module
-    own = module.forward
+    norm: Any = module
+    original = module.forward
     x = _trial(3, len(weight), dtype=weight.dtype, device=weight.device)
-    expected = _try(own, x)
+    expected = _try(original, x)
     kind = next(
         (kind for kind in NORM_KINDS if _is_same(expected, normalise_plainly(x, weight, epsilon, **kind))), None
     )
@@ -87,10 +87,10 @@ def _find_norm(module: nn.Module) -> Callable[..., Tensor] | None:
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or hidden.dtype is not dtype or torch.is_grad_enabled():
-            return own(hidden, *args, **kwargs)
+            return original(hidden, *args, **kwargs)
         from qlora.generation.kernels.elementwise import normalise  # Triton is there with CUDA only
 
-        return normalise(hidden, own_module.weight, epsilon, **kind)
+        return normalise(hidden, norm.weight, epsilon, **kind)
 
     return forward
 
@@ -102,7 +102,7 @@ def _find_gate(module: nn.Module) -> Callable[..., Tensor] | None:
     gated: Any = module
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "act_fn")):
         return None
-    own, like = module.forward, next(gated.gate_proj.parameters())
+    original, like = module.forward, next(gated.gate_proj.parameters())
     sample = _trial(64, dtype=torch.float32, device=like.device)
     activation = next(
         (name for name, plain in GATES.items() if _is_same(_try(gated.act_fn, sample), plain(sample))), None
@@ -113,13 +113,13 @@ def _find_gate(module: nn.Module) -> Callable[..., Tensor] | None:
     dtype = like.dtype if like.is_floating_point() else torch.bfloat16
     x = _trial(2, width, dtype=dtype, device=like.device)
     if not _is_same(
-        _try(own, x), _try(lambda x: gated.down_proj(gated.act_fn(gated.gate_proj(x)) * gated.up_proj(x)), x)
+        _try(original, x), _try(lambda x: gated.down_proj(gated.act_fn(gated.gate_proj(x)) * gated.up_proj(x)), x)
     ):
         return None
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or torch.is_grad_enabled():
-            return own(hidden, *args, **kwargs)
+            return original(hidden, *args, **kwargs)
         from qlora.generation.kernels.elementwise import multiply_gate  # Triton is there with CUDA only
 
         gate, up = gated.gate_proj(hidden), gated.up_proj(hidden)
@@ -131,18 +131,18 @@ def _find_gate(module: nn.Module) -> Callable[..., Tensor] | None:
 
 def _is_rotary(code: ModuleType, device: torch.device) -> bool:
     """Returns whether a module's function for rotary positions turns the two halves of a head."""
-    own = getattr(code, ROTARY, None)
-    if own is None:
+    original = getattr(code, ROTARY, None)
+    if original is None:
         return False
     q, k, cos, sin = (_trial(*shape, device=device) for shape in ((2, 3, 1, 16), (2, 1, 1, 16), (2, 1, 16), (2, 1, 16)))
-    actual = _try(own, q, k, cos, sin)
+    actual = _try(original, q, k, cos, sin)
     if not (isinstance(actual, tuple) and len(actual) == 2):
         return False
     return all(_is_same(*pair) for pair in zip(actual, rotate_plainly(q, k, cos, sin), strict=True))
 
 
-def _fuse_rotary(own: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Returns the function for decode steps on one device; anything else, of another model too, is left to `own`."""
+def _fuse_rotary(original: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Returns the function for decode steps on one device; whatever else is left to `original`."""
 
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         shape = len(q), 1, q.shape[-1]
@@ -155,7 +155,7 @@ def _fuse_rotary(own: Callable[..., Any], device: torch.device) -> Callable[...,
             or torch.is_grad_enabled()
             or not (q.device == device and is_step and are_alike and are_dense)
         ):
-            return own(q, k, cos, sin, *args, **kwargs)
+            return original(q, k, cos, sin, *args, **kwargs)
         from qlora.generation.kernels.elementwise import rotate  # Triton is there with CUDA only
 
         return rotate(q, k, cos, sin)

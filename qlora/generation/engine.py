@@ -89,7 +89,7 @@ class Engine:
         self.ahead = int(self.model.is_ahead)
         """How many passes the model has been asked for before the tokens of the first are looked at, beside it."""
         self.prefill = PREFILL_ON_GPU if self.model.device.type == "cuda" else PREFILL
-        """Most tokens of prompts in one pass; less once so many did not fit."""
+        """Most tokens of prompts in one pass; less once more did not fit."""
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
         self._flights: deque[_Flight] = deque()

@@ -81,8 +81,8 @@ class StepGraphs:
 
 def bucket(rows: int, slots: int) -> int:
     """Returns how many rows a step of `rows` computes."""
-    largest = BUCKETS[-1]
-    count = next((size for size in BUCKETS if size >= rows), -(-rows // largest) * largest)
+    most = BUCKETS[-1]
+    count = next((size for size in BUCKETS if size >= rows), -(-rows // most) * most)
     return min(count, slots)
 
 

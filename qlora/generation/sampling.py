@@ -51,7 +51,7 @@ class Sampler:
         for warper in self._warpers:
             scores = warper(torch.empty(0), scores)
         cumulated = scores.softmax(-1).double().cumsum(-1)
-        numbers = [float(drawn[count]) for drawn, count in zip(uniforms, told, strict=True)]
+        numbers = [float(random[count]) for random, count in zip(uniforms, told, strict=True)]
         # Below the whole sum, which rounding leaves a little beside 1; tokens without probability add nothing to it.
         target = upload(numbers, logits.device, torch.float64)[:, None] * cumulated[:, -1:]
         return torch.searchsorted(cumulated, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)

@@ -93,8 +93,8 @@ for dtype in (torch.float32, torch.float16):
     angles = [torch.randn(5, 1, 48).to(dtype) for _ in range(2)]
     for label, *pair in zip("qk", elementwise.rotate(q, k, *angles), rotate_plainly(q, k, *angles), strict=True):
         note(f"rotary, {name} {label}", *pair)
-    wide = torch.randn(1, 3, 2 * 1100).to(dtype)
-    gate, up = wide.split(1100, dim=-1)
+    joint = torch.randn(1, 3, 2 * 1100).to(dtype)
+    gate, up = joint.split(1100, dim=-1)
     for kind, plain in GATES.items():
         actual = elementwise.multiply_gate(gate, up, gelu=kind == "gelu")
         note(f"gate, {name} {kind}", actual, plain(gate) * up)

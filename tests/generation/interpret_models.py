@@ -25,16 +25,16 @@ for kind in KINDS:
     rows = [[5, 900, 31, 8, 1200, 6, 7], [77, 4, 3]]
     slots = SlotModel(model, slots=3, length=12)
     code = sys.modules[type(model).__module__]
-    own = getattr(code, ROTARY)
+    original = getattr(code, ROTARY)
     with torch.inference_mode(), serving(model, torch.float32, decoded=False):
         with served_experts(model, torch.float32, decoded=True), fused_elementwise(model):
             fused = sum("forward" in module.__dict__ for module in model.modules())
-            is_turned = getattr(code, ROTARY) is not own
+            is_turned = getattr(code, ROTARY) is not original
             logits = [slots.read([row[:-2] for row in rows])]
             for back in (2, 1):
                 tokens, lengths = ([row[-back] for row in rows], [len(row) - back for row in rows])
                 logits.append(slots.decode_by_kernel(torch.tensor(tokens), torch.tensor(lengths)))
-        assert getattr(code, ROTARY) is own
+        assert getattr(code, ROTARY) is original
         assert not any("forward" in module.__dict__ for module in model.modules())
     with torch.inference_mode():
         expected = [torch.cat([model(torch.tensor([row[: len(row) - back]])).logits[:, -1] for row in rows])

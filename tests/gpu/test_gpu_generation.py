@@ -272,10 +272,10 @@ def test_a_step_that_asks_the_host_runs_without_a_graph_and_says_so(caplog: pyte
     model = randomised(build("llama")).to(GPU).eval()
     slots, asked = slots_of(torch.float32, max_new_tokens=6, batch_size=3), prompts(5)
     expected = answers(slots, model, asked, [2])
-    own = type(model).forward
+    original = type(model).forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        output = own(model, *args, **kwargs)
+        output = original(model, *args, **kwargs)
         assert float(output.logits.sum()) != torch.inf
         return output
 

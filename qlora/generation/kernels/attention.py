@@ -1,4 +1,4 @@
-"""The attention of a decode step over slots: one token a row, which reads the keys of its own length alone.
+"""The attention of a decode step over slots: one token a row, which reads the keys of its member_head length alone.
 
 A program computes the heads that share a key-value head of a row, over a part of its keys (`splits`); where there are
 several parts, a second kernel joins them. The lengths are read on the device, so that one CUDA graph serves all of
@@ -43,11 +43,13 @@ def _decode_kernel(
     part = tl.cdiv(tl.cdiv(stop - start, BLOCK), SPLITS) * BLOCK
     begin = start + split * part
     end = tl.minimum(begin + part, stop)
-    member, wide, value_wide = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
-    is_member, is_wide, is_value_wide = member < group, wide < width, value_wide < value_width
-    own = head * group + member
+    member, column, value_column = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
+    is_member, is_column, is_value_column = member < group, column < width, value_column < value_width
+    member_head = head * group + member
     queries = tl.load(
-        q + row * q_row + own[:, None] * q_head + wide[None, :], mask=is_member[:, None] & is_wide[None, :], other=0.0
+        q + row * q_row + member_head[:, None] * q_head + column[None, :],
+        mask=is_member[:, None] & is_column[None, :],
+        other=0.0,
     ).to(keys.dtype.element_ty)
     keys += row * key_slot + head * key_head
     values += row * value_slot + head * value_head
@@ -56,16 +58,16 @@ def _decode_kernel(
     joint = tl.zeros((GROUP, VALUE_WIDTH), dtype=tl.float32)
     if split == 0:
         if SINKS:
-            top = tl.load(sinks + own, mask=is_member, other=0.0).to(tl.float32)
+            top = tl.load(sinks + member_head, mask=is_member, other=0.0).to(tl.float32)
             total = total + 1.0
         if NEW:
-            key = tl.load(new_key + row * new_key_row + head * new_key_head + wide, mask=is_wide, other=0.0)
+            key = tl.load(new_key + row * new_key_row + head * new_key_head + column, mask=is_column, other=0.0)
             value = tl.load(
-                new_value + row * new_value_row + head * new_value_head + value_wide, mask=is_value_wide, other=0.0
+                new_value + row * new_value_row + head * new_value_head + value_column, mask=is_value_column, other=0.0
             )
             key, value = key.to(keys.dtype.element_ty), value.to(values.dtype.element_ty)
-            tl.store(keys + position.to(tl.int64) * width + wide, key, mask=is_wide)
-            tl.store(values + position.to(tl.int64) * value_width + value_wide, value, mask=is_value_wide)
+            tl.store(keys + position.to(tl.int64) * width + column, key, mask=is_column)
+            tl.store(values + position.to(tl.int64) * value_width + value_column, value, mask=is_value_column)
             score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
             score = _cap(score, softcap, CAPPED)
             high = tl.maximum(top, score)
@@ -78,7 +80,7 @@ def _decode_kernel(
         is_key = index < end
         index = index.to(tl.int64)
         block = tl.load(
-            keys + index[None, :] * width + wide[:, None], mask=is_key[None, :] & is_wide[:, None], other=0.0
+            keys + index[None, :] * width + column[:, None], mask=is_key[None, :] & is_column[:, None], other=0.0
         )
         scores = _cap(tl.dot(queries, block, input_precision="ieee") * scale, softcap, CAPPED)
         scores = tl.where(is_key[None, :], scores, float("-inf"))
@@ -87,20 +89,20 @@ def _decode_kernel(
         kept = tl.exp(top - high)
         total = total * kept + tl.sum(weights, 1)
         seen = tl.load(
-            values + index[:, None] * value_width + value_wide[None, :],
-            mask=is_key[:, None] & is_value_wide[None, :],
+            values + index[:, None] * value_width + value_column[None, :],
+            mask=is_key[:, None] & is_value_column[None, :],
             other=0.0,
         )
         joint = joint * kept[:, None] + tl.dot(weights.to(seen.dtype), seen, input_precision="ieee")
         top = high
-    head_of_row = row * heads + own
-    is_stored = is_member[:, None] & is_value_wide[None, :]
+    head_of_row = row * heads + member_head
+    is_stored = is_member[:, None] & is_value_column[None, :]
     if SPLITS == 1:
-        target = out + head_of_row[:, None] * value_width + value_wide[None, :]
+        target = out + head_of_row[:, None] * value_width + value_column[None, :]
         tl.store(target, (joint / total[:, None]).to(out.dtype.element_ty), mask=is_stored)
     else:
         index = head_of_row * SPLITS + split
-        tl.store(parts + index[:, None] * value_width + value_wide[None, :], joint, mask=is_stored)
+        tl.store(parts + index[:, None] * value_width + value_column[None, :], joint, mask=is_stored)
         tl.store(stats + index * 2, top, mask=is_member)
         tl.store(stats + index * 2 + 1, total, mask=is_member)
 
@@ -108,13 +110,13 @@ def _decode_kernel(
 @triton.jit
 def _join_kernel(parts, stats, out, value_width, SPLITS: tl.constexpr, VALUE_WIDTH: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
-    index, wide = head * SPLITS + tl.arange(0, SPLITS), tl.arange(0, VALUE_WIDTH)
-    is_wide = wide < value_width
+    index, column = head * SPLITS + tl.arange(0, SPLITS), tl.arange(0, VALUE_WIDTH)
+    is_column = column < value_width
     top, total = tl.load(stats + index * 2), tl.load(stats + index * 2 + 1)
     weight = tl.exp(top - tl.max(top, 0))
-    joint = tl.load(parts + index[:, None] * value_width + wide[None, :], mask=is_wide[None, :], other=0.0)
+    joint = tl.load(parts + index[:, None] * value_width + column[None, :], mask=is_column[None, :], other=0.0)
     result = tl.sum(joint * weight[:, None], 0) / tl.sum(total * weight, 0)
-    tl.store(out + head * value_width + wide, result.to(out.dtype.element_ty), mask=is_wide)
+    tl.store(out + head * value_width + column, result.to(out.dtype.element_ty), mask=is_column)
 
 
 def attend_decoding(

@@ -25,12 +25,12 @@ def _prompt_kernel(
     first = block * QUERIES
     if first >= length:
         return
-    queries, wide, value_wide = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
-    is_query, is_wide, is_value_wide = queries < length, wide < width, value_wide < value_width
+    queries, column, value_column = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
+    is_query, is_column, is_value_column = queries < length, column < width, value_column < value_width
     token = (start + queries).to(tl.int64)
     asked = tl.load(
-        q + token[:, None] * q_token + head * q_head + wide[None, :],
-        mask=is_query[:, None] & is_wide[None, :],
+        q + token[:, None] * q_token + head * q_head + column[None, :],
+        mask=is_query[:, None] & is_column[None, :],
         other=0.0,
     ).to(k.dtype.element_ty)
     shared = head // group
@@ -46,8 +46,8 @@ def _prompt_kernel(
         is_key = keys < length
         other = (start + keys).to(tl.int64)
         read = tl.load(
-            k + other[None, :] * k_token + shared * k_head + wide[:, None],
-            mask=is_key[None, :] & is_wide[:, None],
+            k + other[None, :] * k_token + shared * k_head + column[:, None],
+            mask=is_key[None, :] & is_column[:, None],
             other=0.0,
         )
         scores = tl.dot(asked, read, input_precision="ieee") * scale
@@ -64,15 +64,15 @@ def _prompt_kernel(
         kept = tl.exp(top - base)
         total = total * kept + tl.sum(weights, 1)
         seen = tl.load(
-            v + other[:, None] * v_token + shared * v_head + value_wide[None, :],
-            mask=is_key[:, None] & is_value_wide[None, :],
+            v + other[:, None] * v_token + shared * v_head + value_column[None, :],
+            mask=is_key[:, None] & is_value_column[None, :],
             other=0.0,
         )
         joint = joint * kept[:, None] + tl.dot(weights.to(seen.dtype), seen, input_precision="ieee")
         top = high
-    target = out + (token[:, None] * heads + head) * value_width + value_wide[None, :]
+    target = out + (token[:, None] * heads + head) * value_width + value_column[None, :]
     result = joint / total[:, None]
-    tl.store(target, result.to(out.dtype.element_ty), mask=is_query[:, None] & is_value_wide[None, :])
+    tl.store(target, result.to(out.dtype.element_ty), mask=is_query[:, None] & is_value_column[None, :])
 
 
 def attend_rows(

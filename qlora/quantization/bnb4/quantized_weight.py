@@ -148,7 +148,7 @@ def join(weights: Sequence[Tensor]) -> QuantizedWeight:
 
 
 def _join_flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns tensors of one dimension as one, without copying those that lie one behind the other in one storage."""
+    """Returns tensors of one dimension as one, without copying those that lie packed in one storage."""
     first, end = tensors[0], tensors[0].storage_offset()
     for tensor in tensors:
         is_next = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
