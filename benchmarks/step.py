@@ -100,6 +100,16 @@ SMALL = ["model.architecture.num_hidden_layers=2", "model.architecture.hidden_si
          "model.architecture.num_key_value_heads=4", "model.architecture.vocab_size=2048"]  # fmt: skip
 SMALL_OF_SOME = {"moe_intermediate_size": 64, "head_dim": 64}
 """Fields that some shapes have beside these."""
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "shared_intermediate_size": 512}
+SMALL_OPTIONS = {"linear_num_value_heads": _LINEAR, "mamba_n_heads": _MAMBA,
+                 "num_global_key_value_heads": {"num_global_key_value_heads": 2}}  # fmt: skip
+"""What some have in their options, by an option that they name."""
 EVERY = ["model.weights=random", "model.tokenizer=tiny", "lora.r=64", "lora.dropout=0", "data=demo"]
 ADAPTED_EXPERTS = ["lora.r=16", "lora.experts=all", "lora.expert_r=16", "trainer.optim=adamw_8bit"]
 
@@ -365,9 +375,9 @@ def run_apart(task: dict[str, Any], script: str = "step.py") -> dict[str, Any]:
 def is_mixture(overrides: list[str]) -> bool:
     """Returns whether the model is a mixture of experts."""
     from qlora.config.compose import compose
+    from qlora.planning.training_plan import find_shape
 
-    architecture = compose(overrides).model.architecture
-    return architecture is not None and architecture.num_experts_per_tok is not None
+    return find_shape(compose([*overrides, "model.weights=random"])).experts is not None
 
 
 def small_shape(model: str) -> list[str]:
@@ -375,13 +385,28 @@ def small_shape(model: str) -> list[str]:
     from qlora.config.compose import compose
 
     architecture = compose([f"model={model}"]).model.architecture
-    some = (f"model.architecture.{key}={size}" for key, size in SMALL_OF_SOME.items() if getattr(architecture, key))
-    return [*SMALL, *some]
+    some = {key: size for key, size in SMALL_OF_SOME.items() if getattr(architecture, key)}
+    for name in SMALL_OPTIONS.keys() & architecture.options.keys():
+        some |= {f"options.{key}": size for key, size in SMALL_OPTIONS[name].items()}
+    return [*SMALL, *(f"model.architecture.{key}={size}" for key, size in some.items())]
+
+
+def few_layers(overrides: list[str], count: int) -> list[str]:
+    """Returns the overrides that leave the first layers of a model, whose kinds some presets name one by one."""
+    from qlora.config.compose import compose
+
+    architecture = compose(overrides).model.architecture
+    options = {} if architecture is None else architecture.options
+    left = {"layer_types": options.get("layer_types", [])[:count]}
+    left["full_attn_idxs"] = [index for index in options.get("full_attn_idxs", []) if index < count]
+    kinds = [f"model.architecture.options.{name}=[{','.join(map(str, items))}]" for name, items in left.items()
+             if name in options]  # fmt: skip
+    return [f"model.architecture.num_hidden_layers={count}", *kinds]
 
 
 def shape_of(arguments: argparse.Namespace, *, mixture: bool) -> list[str]:
     """Returns the overrides that all contestants have."""
-    layers = [f"model.architecture.num_hidden_layers={arguments.layers}"] if arguments.layers else []
+    layers = few_layers([f"model={arguments.model}"], arguments.layers) if arguments.layers else []
     small = small_shape(arguments.model) if arguments.small else []
     adapters = ADAPTED_EXPERTS if mixture else []
     return [f"model={arguments.model}", *small, *layers, *adapters, *arguments.overrides]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -18,6 +19,7 @@ from qlora.config.compose import compose
 from qlora.run import Run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PRESETS = BENCHMARKS.parent / "conf" / "model"
 
 
 def run(script: str, *arguments: str) -> str:
@@ -93,6 +95,68 @@ def test_the_step_benchmark_times_the_modes_side_by_side(tmp_path: Path) -> None
     ]
     assert all(result["tokens_per_second"] > 0 for result in results), results
     assert "| guanaco | bf16 | " in printed
+
+
+@pytest.mark.full
+def test_the_benchmark_of_presets_sets_a_layer_beside_llama_s(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    presets = ["granite-4.0-micro", "qwen3-30b-a3b"]
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "presets.py"), "--presets", *presets], capture_output=True)
+    assert b"qwen3-30b-a3b: a mixture of experts is not dense; step.py times it" in done.stderr
+    printed = run("presets.py", "--small", "--steps", "1", "--bf16", "--presets", presets[0], "--json", str(numbers))
+    llama, granite = json.loads(numbers.read_text(encoding="utf-8"))["results"]
+    assert [llama["preset"], granite["preset"]] == ["llama-7b", "granite-4.0-micro"]
+    tokens, weights, adapters = 8 * 128, 4 * 256**2 + 3 * 256 * 512, 64 * (8 * 256 + 3 * (256 + 512))
+    pairs = 7 * 2 * 256 * 128 / 2
+    assert llama["tflop"] * 1e12 == pytest.approx(tokens * (4 * weights + 6 * adapters + pairs))
+    assert llama["layers"] == 4
+    assert f"| llama-7b | 4 | {llama['ms']:.2f} | " in printed
+    share = granite["tflops"] / llama["tflops"]
+    assert f" | {share:.0%} | " in printed
+
+
+def test_the_layers_of_a_preset_that_are_timed_are_mixed_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import presets
+    import step
+
+    assert presets.count_layers([0] * 32) == 6
+    assert presets.count_layers([0, 0, 0, 0, 0, 1] * 8) == 8
+    assert presets.count_layers([0, 0, 0, 1] * 8) == 6
+    lfm2 = [int(index in (2, 5, 8, 10, 12, 14)) for index in range(16)]
+    assert presets.count_layers(lfm2) == 10  # 3 of 8
+    assert presets.count_layers([0, 0, 1]) == 3
+    shape = presets.shape_of("lfm2.5-1.2b-base", small=False)
+    assert step.few_layers(shape, 10) == [
+        "model.architecture.num_hidden_layers=10", "model.architecture.options.full_attn_idxs=[2,5,8]"
+    ]  # fmt: skip
+    hybrid = compose(["model=granite-4.0-h-micro", *step.few_layers(["model=granite-4.0-h-micro"], 6)])
+    assert hybrid.model.architecture.options["layer_types"] == ["linear_attention"] * 5 + ["full_attention"]
+    assert presets.shape_of("gemma-4-e4b", small=False)[1:] == ["model.architecture.options.num_kv_shared_layers=0"]
+    known = {"layers": 4, "ms": 1.5, "tflop": 13.25, "tflops": 980.0, "parts": {"fp8": "on"}}
+    rows = [
+        {"preset": "llama-7b", **known},
+        {"preset": "qwen3.5-9b", **known, "tflops": 490.0, "parts": {"fused_attention": "has its own", "fp8": "on"}},
+        {"preset": "phi-4", "failure": "out of memory"},
+    ]
+    assert presets.to_table(rows).splitlines()[2:] == [
+        "| llama-7b | 4 | 1.50 | 13.2 | 980 | 100% |  |",
+        "| qwen3.5-9b | 4 | 1.50 | 13.2 | 490 | 50% | fused_attention |",
+        "| phi-4 | out of memory |  |  |  |  |  |",
+    ]
+
+
+def test_each_dense_architecture_of_the_presets_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import presets
+
+    kinds = {
+        path.stem: yaml.safe_load(path.read_text())["architecture"]["model_type"] for path in PRESETS.glob("*.yaml")
+    }
+    timed = {kinds[name] for name in (presets.REFERENCE, *presets.PRESETS)}
+    others = {kind: name for name, kind in kinds.items() if kind not in timed}
+    dense = {kind for kind, name in others.items() if not presets.is_mixture([f"model={name}"])}
+    assert dense == {"mistral", "ernie4_5"}  # layers as LLaMA's, and a model of 0.3B
 
 
 @pytest.mark.full
@@ -216,6 +280,7 @@ def test_a_mixture_of_experts_has_contestants_of_its_own(monkeypatch: pytest.Mon
 
     assert step.is_mixture(["model=qwen3-30b-a3b"])
     assert step.is_mixture(["model=gpt-oss-20b"])
+    assert step.is_mixture(["model=gemma-4-26b-a4b"])  # which calls its numbers otherwise
     assert not step.is_mixture(["model=llama-7b"])
     lean = step.MIXTURES["fp8, 24 GB"].overrides
     assert {"lora.dtype=bf16", "trainer.memory_budget=24GB", "quantization.compute=fp8"} <= set(lean)
