@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora.config.compose import compose
+from qlora.config.schema import described_settings
+from qlora.planning.read_shape import read_shape
 from qlora.run import Run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -150,12 +152,10 @@ def test_each_dense_architecture_of_the_presets_is_timed(monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(BENCHMARKS)
     import presets
 
-    kinds = {
-        path.stem: yaml.safe_load(path.read_text())["architecture"]["model_type"] for path in PRESETS.glob("*.yaml")
-    }
-    timed = {kinds[name] for name in (presets.REFERENCE, *presets.PRESETS)}
-    others = {kind: name for name, kind in kinds.items() if kind not in timed}
-    dense = {kind for kind, name in others.items() if not presets.is_mixture([f"model={name}"])}
+    shapes = {path.stem: yaml.safe_load(path.read_text())["architecture"] for path in PRESETS.glob("*.yaml")}
+    timed = {shapes[name]["model_type"] for name in (presets.REFERENCE, *presets.PRESETS)}
+    others = {shape["model_type"]: described_settings(shape) for shape in shapes.values()}
+    dense = {kind for kind, shape in others.items() if kind not in timed and read_shape(shape, kind).experts is None}
     assert dense == {"mistral", "ernie4_5"}  # layers as LLaMA's, and a model of 0.3B
 
 
