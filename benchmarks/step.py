@@ -263,6 +263,7 @@ def time_steps(
         "tokens_per_second": tokens / seconds,
         "peak_gb": memory.gb(),
         "first_step_seconds": first,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
         "device": device_name(device),
     }
 

@@ -160,26 +160,44 @@ def test_each_dense_architecture_of_the_presets_is_timed(monkeypatch: pytest.Mon
 
 
 @pytest.mark.full
-def test_rivals_load_what_qlora_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["llama-7b", "gemma-3-12b", "qwen3.5-9b", "gpt-oss-20b"])
+def test_rivals_load_what_qlora_draws(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import rivals
     import step
 
-    shape = ["model=llama-7b", *step.SMALL]
+    shape = [f"model={model}", *step.small_shape(model)]
     rivals.save_base(str(tmp_path / "base"), shape)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
-    run = Run(compose([*step.EVERY, *shape]), tmp_path / "run").session
+    whole = ["quantization=none"] if model == "gpt-oss-20b" else []
+    run = Run(compose([*step.EVERY, *shape, *whole]), tmp_path / "run").session
     random_base = run.load_base()
-    assert loaded.model.layers[1].mlp.up_proj.weight.quant_state.nested
+    assert whole or loaded.model.layers[1].mlp.up_proj.weight.quant_state.nested
     saved, expected = loaded.state_dict(), random_base.state_dict()
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
     ids = next(step.batches("guanaco", "trl", 2048, run.placement.device, 16))[0].inputs["input_ids"]
-    logits = [
-        model.train()(ids).logits for model in (loaded, random_base)
-    ]  # bitsandbytes rounds otherwise outside training
+    # bitsandbytes rounds otherwise outside training
+    logits = [base.train()(ids, use_cache=False).logits for base in (loaded, random_base)]
     assert torch.equal(*logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab() == run.tokenizer.get_vocab()
+
+
+def test_rivals_put_adapters_where_qlora_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import rivals
+    import step
+
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    names = {
+        "llama-7b": [*attention, "gate_proj", "up_proj", "down_proj"],
+        "phi-4": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+        "gpt-oss-20b": [*attention, "gate_up_proj", "down_proj"],
+        "deepseek-v2-lite": [
+            "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
+        ],
+    }  # fmt: skip
+    assert {model: rivals.target_names(compose([*step.EVERY, f"model={model}"])) for model in names} == names
 
 
 def test_texts_of_the_whole_program_are_as_long_as_the_rows_of_a_step(
