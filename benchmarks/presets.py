@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
-from step import ALL, EVERY, LIBRARIES, LONG, ROWS, few_layers, is_mixture, measure, small_shape  # noqa: E402
+from step import ALL, EVERY, FEWER, LIBRARIES, LONG, ROWS, few_layers, is_mixture, measure, narrow_shape  # noqa: E402
 
 REFERENCE = "llama-7b"
 PRESETS = (
@@ -38,19 +38,17 @@ PRESETS = (
 """One for each dense architecture, and a smaller one of some; those that do not mix tokens by attention alone last."""
 FIRST, FEWEST, MOST = 2, 4, 12
 """The layers of both measurements, and the least and the most that one of them has beside."""
-FEWER = {"num_kv_shared_layers": 0}
-"""Settings of some types that do not go with few layers: there each layer has keys and values of its own."""
 
 
 def shape_of(preset: str, *, small: bool) -> list[str]:
     """Returns the overrides that make a preset's model with all its layers."""
     from qlora.config.compose import compose
 
-    narrow = [word for word in small_shape(preset) if ".num_hidden_layers=" not in word] if small else []
     architecture = compose([f"model={preset}"]).model.architecture
+    assert architecture is not None
     fewer = [f"model.architecture.options.{name}={value}" for name, value in FEWER.items()
              if name in architecture.options]  # fmt: skip
-    return [f"model={preset}", *narrow, *fewer]
+    return [f"model={preset}", *(narrow_shape(preset) if small else []), *fewer]
 
 
 def count_layers(order: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qlora.config.compose import compose
 from qlora.config.schema import described_settings
 from qlora.planning.read_shape import read_shape
+from qlora.planning.training_plan import find_shape
 from qlora.run import Run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -307,6 +308,15 @@ def test_a_mixture_of_experts_has_contestants_of_its_own(monkeypatch: pytest.Mon
     shape = step.shape_of(arguments, mixture=True)
     assert {"trainer.optim=adamw_8bit", "lora.r=16", "model.architecture.num_hidden_layers=1", "seed=3"} <= set(shape)
     assert shape.index("model.architecture.num_hidden_layers=1") > shape.index("model.architecture.num_hidden_layers=2")
+
+
+@pytest.mark.parametrize("model", ["qwen3.5-35b-a3b", "granite-4.0-h-micro", "gemma-4-e4b", "pythia-6.9b"])
+def test_a_preset_of_any_kind_is_made_small(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+
+    shape = find_shape(compose([*step.EVERY, f"model={model}", *step.small_shape(model)]))
+    assert (shape.layers, shape.hidden, shape.vocabulary) == (2, 256, 2048)
 
 
 def test_the_optimizer_of_a_timed_step_is_the_config_s(monkeypatch: pytest.MonkeyPatch) -> None:
