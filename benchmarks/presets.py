@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
 import json
 import sys
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
-from step import ALL, EVERY, FEWER, LIBRARIES, LONG, ROWS, few_layers, is_mixture, measure, narrow_shape  # noqa: E402
+from step import ALL, EVERY, FEWER, LIBRARIES, LONG, ROWS, architecture_of, few_layers, measure, narrow_shape  # noqa: E402
 
 REFERENCE = "llama-7b"
 PRESETS = (
@@ -42,12 +43,8 @@ FIRST, FEWEST, MOST = 2, 4, 12
 
 def shape_of(preset: str, *, small: bool) -> list[str]:
     """Returns the overrides that make a preset's model with all its layers."""
-    from qlora.config.compose import compose
-
-    architecture = compose([f"model={preset}"]).model.architecture
-    assert architecture is not None
-    fewer = [f"model.architecture.options.{name}={value}" for name, value in FEWER.items()
-             if name in architecture.options]  # fmt: skip
+    options = architecture_of(f"model={preset}").options
+    fewer = [f"model.architecture.options.{name}={value}" for name, value in FEWER.items() if name in options]
     return [f"model={preset}", *(narrow_shape(preset) if small else []), *fewer]
 
 
@@ -66,7 +63,13 @@ def count_layers(order: Sequence[int]) -> int:
     return min(ends, key=lambda end: (round(distance(end), 9), end))
 
 
-def plan_of(overrides: list[str], length: int) -> Any:
+def row_length(*, small: bool) -> int:
+    """Returns the tokens of a row."""
+    return LONG // 16 if small else LONG
+
+
+@functools.cache
+def plan_of(length: int, *overrides: str) -> Any:
     """Returns the plan of a training run on rows of `length` tokens."""
     from qlora.config.compose import compose
     from qlora.planning.training_plan import build_plan
@@ -78,18 +81,17 @@ def operations(overrides: list[str], length: int) -> float:
     """Returns the floating-point operations of an optimizer step."""
     from qlora.planning.time_plan import operations_per_token
 
-    training = plan_of(overrides, length)
+    training = plan_of(length, *overrides)
     return ROWS["long"] * length * operations_per_token(training.shape, training.setup)
 
 
-def time_preset(preset: str, contestant: str, steps: int, overrides: list[str], *, small: bool) -> dict[str, Any]:
-    """Returns the milliseconds and operations of an average layer of a preset, in an optimizer step."""
+def time_layers(shape: list[str], contestant: str, steps: int, *, small: bool) -> dict[str, Any]:
+    """Returns the milliseconds and operations of an average layer of a model, in an optimizer step."""
     started = time.monotonic()
-    length, micro = LONG // (16 if small else 1), ALL[contestant].micro["long"]
+    length, micro = row_length(small=small), ALL[contestant].micro["long"]
     batch = [f"trainer.per_device_train_batch_size={micro}",
              f"trainer.gradient_accumulation_steps={ROWS['long'] // micro}"]  # fmt: skip
-    shape = [*shape_of(preset, small=small), *overrides]
-    last = count_layers(plan_of(shape, length).shape.order)
+    last = count_layers(plan_of(length, *shape).shape.order)
     seconds, work, parts, peak, first = [], [], {}, 0.0, 0.0
     for count in (FIRST, last):
         shortened = [*shape, *few_layers(shape, count), *ALL[contestant].overrides, *batch]
@@ -148,17 +150,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as on qlora's own command line")
     arguments = parser.parse_args()
-    if mixtures := [name for name in arguments.presets if is_mixture([f"model={name}"])]:
+    small, presets = arguments.small, dict.fromkeys((REFERENCE, *arguments.presets))
+    shapes = {name: [*shape_of(name, small=small), *arguments.overrides] for name in presets}
+    length = row_length(small=small)
+    if mixtures := [name for name, shape in shapes.items() if plan_of(length, *shape).shape.experts]:
         parser.error(f"{', '.join(mixtures)}: a mixture of experts is not dense; step.py times it")
     import torch
 
     contestant = "bf16" if arguments.bf16 else "fp8"
     about = f"{datetime.date.today()}, {describe_machine()}, {describe_versions(*LIBRARIES)}, {contestant}"
     results: list[dict[str, Any]] = []
-    for preset in dict.fromkeys((REFERENCE, *arguments.presets)):
+    for preset, shape in shapes.items():
         torch.compiler.reset()  # code of other models would be looked through in each call
         try:
-            result = time_preset(preset, contestant, arguments.steps, arguments.overrides, small=arguments.small)
+            result = time_layers(shape, contestant, arguments.steps, small=small)
         except Exception as error:  # the others are measured all the same
             result = {"failure": " ".join(str(error).split())[:200] or type(error).__name__}
         free()

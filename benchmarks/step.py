@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -381,12 +382,17 @@ def is_mixture(overrides: list[str]) -> bool:
     return find_shape(compose([*overrides, "model.weights=random"])).experts is not None
 
 
-def narrow_shape(model: str) -> list[str]:
-    """Returns the overrides that make a preset's model narrow."""
+@functools.cache
+def architecture_of(*overrides: str) -> Any:
+    """Returns the shape of a model that is to be read only."""
     from qlora.config.compose import compose
 
-    architecture = compose([f"model={model}"]).model.architecture
-    assert architecture is not None
+    return compose(overrides).model.architecture
+
+
+def narrow_shape(model: str) -> list[str]:
+    """Returns the overrides that make a preset's model narrow."""
+    architecture = architecture_of(f"model={model}")
     sizes = {key: size for key, size in NARROW.items() if getattr(architecture, key)}
     for name in NARROW_OPTIONS.keys() & architecture.options.keys():
         sizes |= {f"options.{key}": size for key, size in NARROW_OPTIONS[name].items()}
@@ -400,10 +406,7 @@ def small_shape(model: str) -> list[str]:
 
 def few_layers(overrides: list[str], count: int) -> list[str]:
     """Returns the overrides that leave the first layers of a model, whose kinds some presets name one by one."""
-    from qlora.config.compose import compose
-
-    architecture = compose(overrides).model.architecture
-    options = {} if architecture is None else architecture.options
+    options = architecture_of(*overrides).options
     left: dict[str, Any] = {name: value for name, value in FEWER.items() if name in options}
     if "layer_types" in options:
         left["layer_types"] = f"[{','.join(options['layer_types'][:count])}]"
