@@ -53,11 +53,11 @@ def count_layers(order: Sequence[int]) -> int:
 
     `order` is the kind of each layer of the model.
     """
-    share = {kind: count / len(order) for kind, count in Counter(order).items()}
+    fractions = {kind: count / len(order) for kind, count in Counter(order).items()}
 
     def distance(end: int) -> float:
         counts = Counter(order[FIRST:end])
-        return sum(abs(counts[kind] / (end - FIRST) - part) for kind, part in share.items())
+        return sum(abs(counts[kind] / (end - FIRST) - part) for kind, part in fractions.items())
 
     ends = range(min(FIRST + FEWEST, len(order)), min(FIRST + MOST, len(order)) + 1)
     return min(ends, key=lambda end: (round(distance(end), 9), end))
@@ -133,9 +133,9 @@ def to_table(results: list[dict[str, Any]]) -> str:
         if "failure" in result:
             lines.append([result["preset"], result["failure"], *[""] * 5])
             continue
-        share = f"{result['tflops'] / reference:.0%}" if reference else ""
+        ratio = f"{result['tflops'] / reference:.0%}" if reference else ""
         off = ", ".join(name for name, state in result["parts"].items() if state != "on")
-        numbers = [f"{result['ms']:.2f}", f"{result['tflop']:.3g}", f"{result['tflops']:,.0f}", share]
+        numbers = [f"{result['ms']:.2f}", f"{result['tflop']:.3g}", f"{result['tflops']:,.0f}", ratio]
         lines.append([result["preset"], str(result["layers"]), *numbers, off])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

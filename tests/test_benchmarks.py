@@ -114,8 +114,8 @@ def test_the_benchmark_of_presets_sets_a_layer_beside_llama_s(tmp_path: Path) ->
     assert llama["tflop"] * 1e12 == pytest.approx(tokens * (4 * weights + 6 * adapters + pairs))
     assert llama["layers"] == 4
     assert f"| llama-7b | 4 | {llama['ms']:.2f} | " in printed
-    share = granite["tflops"] / llama["tflops"]
-    assert f" | {share:.0%} | " in printed
+    ratio = granite["tflops"] / llama["tflops"]
+    assert f" | {ratio:.0%} | " in printed
 
 
 def test_the_layers_of_a_preset_that_are_timed_are_mixed_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
