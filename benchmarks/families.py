@@ -306,11 +306,11 @@ def context_with_cuda(session: Any, model: Any, packs: Any = None) -> Any:
 
 
 def attention_differences(session: Any, model: Any, batch: dict[str, Any], *, packed: bool) -> dict[str, float]:
-    """Returns how far `fused_attention`, computed with a mask, is from the model's own, on rows and on a pack."""
+    """Returns how far the plain twin of `fused_attention` is from the model's own, on rows and on a pack."""
     import torch
 
     from qlora.step.part import Packs
-    from qlora.step.parts import attention
+    from qlora.step.parts.attention import FusedAttention
     from qlora.upstream.peft import base_of
     from qlora.upstream.transformers_model import attention_of, set_attention
 
@@ -323,29 +323,16 @@ def attention_differences(session: Any, model: Any, batch: dict[str, Any], *, pa
         expected["a pack"] = (pack, limits, alone)
     differences, former = {}, attention_of(config)
     for name, (inputs, packs, loss) in expected.items():
-        part = attention.FusedAttention(context_with_cuda(session, model, packs))
-        with mock.patch.object(attention, "attend_varlen", attend_with_mask), torch.no_grad():
-            laid_out = part.lay_out(dict(inputs))
+        part = FusedAttention(context_with_cuda(session, model, packs))
+        part.prepare()
+        with torch.no_grad():
+            laid_out = part.lay_out(dict(inputs), packs)
             try:
                 losses = token_losses(model, laid_out)
             finally:
                 set_attention(config, former)
         differences[name] = distance(losses, loss)
     return differences
-
-
-def attend_with_mask(q: Any, k: Any, v: Any, cu_seqlens: Any, _: int, scale: float, window: int | None = None) -> Any:
-    """Returns what `attend_varlen` does, on any device."""
-    import torch
-
-    index = torch.arange(len(q))
-    row = torch.bucketize(index, cu_seqlens[1:].long(), right=True)
-    behind = index[:, None] - index
-    mask = (row[:, None] == row) & (behind >= 0) & (behind < (window or len(q)))
-    inputs = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(*inputs, attn_mask=mask, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
 
 
 def parts_with_cuda(session: Any, model: Any) -> dict[str, str]:

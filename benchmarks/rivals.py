@@ -38,10 +38,8 @@ from step import (
     write_texts,
 )
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""What all-linear means in a LLaMA; Unsloth wants the names."""
-EXPERTS = [*LINEAR, "gate_up_proj"]
-"""The same with the experts of a mixture."""
+EXPERTS = ["gate_up_proj", "down_proj"]
+"""The matrices of a mixture's experts, as transformers calls them."""
 
 
 def save_base(base: str, overrides: list[str]) -> None:
@@ -59,6 +57,15 @@ def save_base(base: str, overrides: list[str]) -> None:
         run.tokenizer.save_pretrained(base)
 
 
+def target_names(config: Any) -> list[str]:
+    """Returns the names of all layers that qlora gives an adapter, experts included: what Unsloth wants to be told."""
+    from qlora.planning.training_plan import find_shape
+
+    shape = find_shape(config)
+    names = dict.fromkeys(linear.name.rpartition(".")[2] for linear in shape.linears if linear.is_adapted)
+    return [*(name for name in names if name not in EXPERTS), *EXPERTS] if shape.experts else [*names]
+
+
 def load_model(package: str, base: str, config: Any, placement: Any, max_seq_length: int = LONG) -> tuple[Any, Any]:
     """Returns the saved base with a fresh adapter, as the package builds it, and PEFT's config if it still has none."""
     if package == "unsloth":
@@ -72,10 +79,13 @@ def load_model(package: str, base: str, config: Any, placement: Any, max_seq_len
             load_in_4bit=True,
             use_gradient_checkpointing=again,
         )
+        # Those of its loaders that do not serve one family alone leave out names of vision's, such as `conv`.
+        everywhere = {"finetune_vision_layers": True} if os.environ.get("UNSLOTH_USE_NEW_MODEL") == "1" else {}
         adapted = FastLanguageModel.get_peft_model(
             model,
+            **everywhere,
             r=config.lora.r,
-            target_modules=EXPERTS if config.model.architecture.num_experts_per_tok else LINEAR,
+            target_modules=target_names(config),
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
             bias="none",
@@ -157,6 +167,7 @@ def time_training(build: Callable[[Any], Any], device: Any, measured: range) -> 
         "seconds": time.monotonic() - moments[measured.start - 1],
         "peak_gb": memory.gb(),
         "first_step_seconds": moments[1] - moments[0],
+        "trained_parameters": sum(item.numel() for item in trainer.model.parameters() if item.requires_grad),
         "device": device_name(device),
     }
 

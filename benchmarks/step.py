@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -95,11 +96,21 @@ ALL = {**CONTESTANTS, **MIXTURES}
 """By name."""
 ROWS = {"long": 8, "guanaco": 16}
 """Rows an optimizer step, where they are not packed."""
-SMALL = ["model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=256",
-         "model.architecture.intermediate_size=512", "model.architecture.num_attention_heads=4",
-         "model.architecture.num_key_value_heads=4", "model.architecture.vocab_size=2048"]  # fmt: skip
-SMALL_OF_SOME = {"moe_intermediate_size": 64, "head_dim": 64}
-"""Fields that some shapes have beside these."""
+NARROW = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 64, "num_attention_heads": 4,
+          "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 2048}  # fmt: skip
+"""The sizes of a narrow model, as far as its shape has them."""
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "shared_intermediate_size": 512}
+NARROW_OPTIONS = {"linear_num_value_heads": _LINEAR, "mamba_n_heads": _MAMBA,
+                 "num_global_key_value_heads": {"num_global_key_value_heads": 2}}  # fmt: skip
+"""What some have of that in their options, by an option that they name."""
+FEWER = {"num_kv_shared_layers": 0}
+"""Options that do not go with few layers: Gemma 4's that share keys and values have their own then."""
 EVERY = ["model.weights=random", "model.tokenizer=tiny", "lora.r=64", "lora.dropout=0", "data=demo"]
 ADAPTED_EXPERTS = ["lora.r=16", "lora.experts=all", "lora.expert_r=16", "trainer.optim=adamw_8bit"]
 
@@ -253,6 +264,7 @@ def time_steps(
         "tokens_per_second": tokens / seconds,
         "peak_gb": memory.gb(),
         "first_step_seconds": first,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
         "device": device_name(device),
     }
 
@@ -375,23 +387,48 @@ def run_apart(task: dict[str, Any], script: str = "step.py") -> dict[str, Any]:
 def is_mixture(overrides: list[str]) -> bool:
     """Returns whether the model is a mixture of experts."""
     from qlora.config.compose import compose
+    from qlora.planning.training_plan import find_shape
 
-    architecture = compose(overrides).model.architecture
-    return architecture is not None and architecture.num_experts_per_tok is not None
+    return find_shape(compose([*overrides, "model.weights=random"])).experts is not None
+
+
+@functools.cache
+def architecture_of(*overrides: str) -> Any:
+    """Returns the shape of a model that is to be read only."""
+    from qlora.config.compose import compose
+
+    return compose(overrides).model.architecture
+
+
+def narrow_shape(model: str) -> list[str]:
+    """Returns the overrides that make a preset's model narrow."""
+    architecture = architecture_of(f"model={model}")
+    sizes = {key: size for key, size in NARROW.items() if getattr(architecture, key)}
+    for name in NARROW_OPTIONS.keys() & architecture.options.keys():
+        sizes |= {f"options.{key}": size for key, size in NARROW_OPTIONS[name].items()}
+    return [f"model.architecture.{key}={size}" for key, size in sizes.items()]
 
 
 def small_shape(model: str) -> list[str]:
-    """Returns the overrides that make a preset's model narrow."""
-    from qlora.config.compose import compose
+    """Returns the overrides that make a preset's model narrow, with two layers."""
+    return [*narrow_shape(model), *few_layers([f"model={model}"], 2)]
 
-    architecture = compose([f"model={model}"]).model.architecture
-    some = (f"model.architecture.{key}={size}" for key, size in SMALL_OF_SOME.items() if getattr(architecture, key))
-    return [*SMALL, *some]
+
+def few_layers(overrides: list[str], count: int) -> list[str]:
+    """Returns the overrides that leave the first layers of a model, whose kinds some presets name one by one."""
+    options = architecture_of(*overrides).options
+    left: dict[str, Any] = {name: value for name, value in FEWER.items() if name in options}
+    if "layer_types" in options:
+        left["layer_types"] = f"[{','.join(options['layer_types'][:count])}]"
+    if "full_attn_idxs" in options:
+        left["full_attn_idxs"] = f"[{','.join(str(index) for index in options['full_attn_idxs'] if index < count)}]"
+    named = (f"model.architecture.options.{name}={value}" for name, value in left.items())
+    return [f"model.architecture.num_hidden_layers={count}", *named]
 
 
 def shape_of(arguments: argparse.Namespace, *, mixture: bool) -> list[str]:
     """Returns the overrides that all contestants have."""
-    layers = [f"model.architecture.num_hidden_layers={arguments.layers}"] if arguments.layers else []
+    layers = few_layers([f"model={arguments.model}"], arguments.layers) if arguments.layers else []
     small = small_shape(arguments.model) if arguments.small else []
     adapters = ADAPTED_EXPERTS if mixture else []
     return [f"model={arguments.model}", *small, *layers, *adapters, *arguments.overrides]

@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora.config.compose import compose
+from qlora.config.schema import described_settings
+from qlora.planning.read_shape import read_shape
+from qlora.planning.training_plan import find_shape
 from qlora.run import Run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PRESETS = BENCHMARKS.parent / "conf" / "model"
 
 
 def run(script: str, *arguments: str) -> str:
@@ -96,26 +101,104 @@ def test_the_step_benchmark_times_the_modes_side_by_side(tmp_path: Path) -> None
 
 
 @pytest.mark.full
-def test_rivals_load_what_qlora_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_of_presets_sets_a_layer_beside_llama_s(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    presets = ["granite-4.0-micro", "qwen3-30b-a3b"]
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "presets.py"), "--presets", *presets], capture_output=True)
+    assert b"qwen3-30b-a3b: a mixture of experts is not dense; step.py times it" in done.stderr
+    printed = run("presets.py", "--small", "--steps", "1", "--bf16", "--presets", presets[0], "--json", str(numbers))
+    llama, granite = json.loads(numbers.read_text(encoding="utf-8"))["results"]
+    assert [llama["preset"], granite["preset"]] == ["llama-7b", "granite-4.0-micro"]
+    tokens, weights, adapters = 8 * 128, 4 * 256**2 + 3 * 256 * 512, 64 * (8 * 256 + 3 * (256 + 512))
+    pairs = 7 * 2 * 256 * 128 / 2
+    assert llama["tflop"] * 1e12 == pytest.approx(tokens * (4 * weights + 6 * adapters + pairs))
+    assert llama["layers"] == 4
+    assert f"| llama-7b | 4 | {llama['ms']:.2f} | " in printed
+    ratio = granite["tflops"] / llama["tflops"]
+    assert f" | {ratio:.0%} | " in printed
+
+
+def test_the_layers_of_a_preset_that_are_timed_are_mixed_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import presets
+    import step
+
+    assert presets.count_layers([0] * 32) == 6
+    assert presets.count_layers([0, 0, 0, 0, 0, 1] * 8) == 8
+    assert presets.count_layers([0, 0, 0, 1] * 8) == 6
+    lfm2 = [int(index in (2, 5, 8, 10, 12, 14)) for index in range(16)]
+    assert presets.count_layers(lfm2) == 10  # 3 of 8
+    assert presets.count_layers([0, 0, 1]) == 3
+    shape = presets.shape_of("lfm2.5-1.2b-base", small=False)
+    assert step.few_layers(shape, 10) == [
+        "model.architecture.num_hidden_layers=10", "model.architecture.options.full_attn_idxs=[2,5,8]"
+    ]  # fmt: skip
+    hybrid = compose(["model=granite-4.0-h-micro", *step.few_layers(["model=granite-4.0-h-micro"], 6)])
+    assert hybrid.model.architecture.options["layer_types"] == ["linear_attention"] * 5 + ["full_attention"]
+    assert presets.shape_of("gemma-4-e4b", small=False)[1:] == ["model.architecture.options.num_kv_shared_layers=0"]
+    known = {"layers": 4, "ms": 1.5, "tflop": 13.25, "tflops": 980.0, "parts": {"fp8": "on"}}
+    rows = [
+        {"preset": "llama-7b", **known},
+        {"preset": "qwen3.5-9b", **known, "tflops": 490.0, "parts": {"fused_attention": "has its own", "fp8": "on"}},
+        {"preset": "phi-4", "failure": "out of memory"},
+    ]
+    assert presets.to_table(rows).splitlines()[2:] == [
+        "| llama-7b | 4 | 1.50 | 13.2 | 980 | 100% |  |",
+        "| qwen3.5-9b | 4 | 1.50 | 13.2 | 490 | 50% | fused_attention |",
+        "| phi-4 | out of memory |  |  |  |  |  |",
+    ]
+
+
+def test_each_dense_architecture_of_the_presets_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import presets
+
+    shapes = {path.stem: yaml.safe_load(path.read_text())["architecture"] for path in PRESETS.glob("*.yaml")}
+    timed = {shapes[name]["model_type"] for name in (presets.REFERENCE, *presets.PRESETS)}
+    others = {shape["model_type"]: described_settings(shape) for shape in shapes.values()}
+    dense = {kind for kind, shape in others.items() if kind not in timed and read_shape(shape, kind).experts is None}
+    assert dense == {"mistral", "ernie4_5"}  # layers as LLaMA's, and a model of 0.3B
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["llama-7b", "gemma-3-12b", "qwen3.5-9b", "gpt-oss-20b"])
+def test_rivals_load_what_qlora_draws(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import rivals
     import step
 
-    shape = ["model=llama-7b", *step.SMALL]
+    shape = [f"model={model}", *step.small_shape(model)]
     rivals.save_base(str(tmp_path / "base"), shape)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
-    run = Run(compose([*step.EVERY, *shape]), tmp_path / "run").session
+    whole = ["quantization=none"] if model == "gpt-oss-20b" else []
+    run = Run(compose([*step.EVERY, *shape, *whole]), tmp_path / "run").session
     random_base = run.load_base()
-    assert loaded.model.layers[1].mlp.up_proj.weight.quant_state.nested
+    assert whole or loaded.model.layers[1].mlp.up_proj.weight.quant_state.nested
     saved, expected = loaded.state_dict(), random_base.state_dict()
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
     ids = next(step.batches("guanaco", "trl", 2048, run.placement.device, 16))[0].inputs["input_ids"]
-    logits = [
-        model.train()(ids).logits for model in (loaded, random_base)
-    ]  # bitsandbytes rounds otherwise outside training
+    # bitsandbytes rounds otherwise outside training
+    logits = [base.train()(ids, use_cache=False).logits for base in (loaded, random_base)]
     assert torch.equal(*logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab() == run.tokenizer.get_vocab()
+
+
+def test_rivals_put_adapters_where_qlora_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import rivals
+    import step
+
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    names = {
+        "llama-7b": [*attention, "gate_proj", "up_proj", "down_proj"],
+        "phi-4": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+        "gpt-oss-20b": [*attention, "gate_up_proj", "down_proj"],
+        "deepseek-v2-lite": [
+            "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"
+        ],
+    }  # fmt: skip
+    assert {model: rivals.target_names(compose([*step.EVERY, f"model={model}"])) for model in names} == names
 
 
 def test_texts_of_the_whole_program_are_as_long_as_the_rows_of_a_step(
@@ -273,6 +356,7 @@ def test_a_mixture_of_experts_has_contestants_of_its_own(monkeypatch: pytest.Mon
 
     assert step.is_mixture(["model=qwen3-30b-a3b"])
     assert step.is_mixture(["model=gpt-oss-20b"])
+    assert step.is_mixture(["model=gemma-4-26b-a4b"])  # which calls its numbers otherwise
     assert not step.is_mixture(["model=llama-7b"])
     lean = step.MIXTURES["fp8, 24 GB"].overrides
     assert {"lora.dtype=bf16", "trainer.memory_budget=24GB", "quantization.compute=fp8"} <= set(lean)
@@ -281,6 +365,15 @@ def test_a_mixture_of_experts_has_contestants_of_its_own(monkeypatch: pytest.Mon
     shape = step.shape_of(arguments, mixture=True)
     assert {"trainer.optim=adamw_8bit", "lora.r=16", "model.architecture.num_hidden_layers=1", "seed=3"} <= set(shape)
     assert shape.index("model.architecture.num_hidden_layers=1") > shape.index("model.architecture.num_hidden_layers=2")
+
+
+@pytest.mark.parametrize("model", ["qwen3.5-35b-a3b", "granite-4.0-h-micro", "gemma-4-e4b", "pythia-6.9b"])
+def test_a_preset_of_any_kind_is_made_small(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+
+    shape = find_shape(compose([*step.EVERY, f"model={model}", *step.small_shape(model)]))
+    assert (shape.layers, shape.hidden, shape.vocabulary) == (2, 256, 2048)
 
 
 def test_the_optimizer_of_a_timed_step_is_the_config_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ value: `library_reads` turns it into such a message.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ def read_object(path: Path, key: str) -> dict[str, Any]:
     reason: str | None
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text)
+        value = json.loads(text, object_hook=_as_number)
         reason = find_difference(value, SHAPES[path.name])
         if reason is None and HALF.search(text) and not _is_unicode(value):
             reason = "it holds half a character (a lone surrogate)"
@@ -57,6 +58,12 @@ def check_files(folder: Path, names: Iterable[str], key: str) -> dict[str, dict[
     Raises `DataError` if one lacks its shape.
     """
     return {name: read_object(folder / name, key) for name in names if (folder / name).exists()}
+
+
+def _as_number(value: dict[str, Any]) -> dict[str, Any] | float:
+    """Returns the number that transformers writes as an object, because JSON has no infinity, or the object itself."""
+    numbers = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+    return numbers.get(str(value["__float__"]), value) if [*value] == ["__float__"] else value
 
 
 def _is_unicode(value: Any) -> bool:

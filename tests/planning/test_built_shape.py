@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qlora.config.options import model_presets
 from qlora.config.schema import described_settings
 from qlora.errors import ConfigError, DataError
 from qlora.models import loading
+from qlora.models.json_files import read_object
 from qlora.models.random_weights import RandomWeights
 from qlora.planning.built_shape import build_shape
 from qlora.planning.memory_plan import Ledger
@@ -239,6 +241,18 @@ def test_settings_of_no_model_are_one_sentence(settings: dict[str, Any], message
     with pytest.raises(DataError, match=message) as error:
         read_shape(settings, "test")
     assert "\n" not in str(error.value)
+
+
+def test_a_config_with_an_infinite_setting_is_planned(tmp_path: Path) -> None:
+    """transformers writes the limit of Mamba 2's time steps as an object."""
+    AutoConfig.for_model("mamba2", hidden_size=64, num_heads=8, head_dim=16, num_hidden_layers=2).save_pretrained(
+        tmp_path
+    )
+    text = (tmp_path / "config.json").read_text()
+    assert '"__float__": "Infinity"' in text
+    settings = read_object(tmp_path / "config.json", "model.name=x")
+    assert settings["time_step_limit"] == [0.0, math.inf]
+    assert build_shape(settings, "model.name=x").layers == 2
 
 
 def test_a_setting_that_a_model_type_does_not_have_ends_its_plan() -> None:
