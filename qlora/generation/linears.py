@@ -26,6 +26,7 @@ from qlora.step.kernels.dequantize import dequantize
 from qlora.step.kernels.fused_linear import linear as multiply_decoding
 from qlora.step.parts.fused_linear import SAME_INPUT
 from qlora.upstream.torch_models import weight_of
+from qlora.upstream.transformers_layers import QuantizedLinear
 
 FEWER = 16
 """Rows up to which weights that are decoded too are faster read in 4 bits, on a GPU."""
@@ -300,7 +301,7 @@ def _shape_of(layer: nn.Module) -> Sequence[int]:
 def _is_computable(module: nn.Module) -> bool:
     """Returns whether a layer is a 4-bit one or has one plain adapter, so that there is something to gain."""
     layer = _base_of(module)
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
         return False
     is_packed = read_quantized_weight(weight_of(layer)) is not None
     if not isinstance(module, LoraLayer):
