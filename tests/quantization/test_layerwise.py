@@ -26,6 +26,7 @@ from qlora.runtime.device import find_device
 from tests.models.bases import load, write
 
 CHOICES = ["hqq4"]
+WIDTHS = [*CHOICES, "hqq3", "hqq2"]
 EXACT = "quantization.compute_dtype=fp32"
 QUICK = [
     *("lora.r=4", "recipe=none", "trainer.eval_steps=null", "data.max_train_samples=32", "data.max_eval_samples=4"),
@@ -63,7 +64,7 @@ def gradients(model: Any, config: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_the_gradients_of_an_adapter_are_those_on_the_dequantized_base(name: str):
     quantized, full = base(choice(name), EXACT), base("quantization=fp32")
     method = method_of(quantized)
@@ -72,7 +73,7 @@ def test_the_gradients_of_an_adapter_are_those_on_the_dequantized_base(name: str
         for path, layer in quantized.named_modules():
             if isinstance(layer, method.layer_classes()):
                 weight, original = method.dequantize(layer), full.get_submodule(path).weight
-                assert 0 < (weight - original).norm() / original.norm() < 0.5
+                assert 0 < (weight - original).norm() / original.norm() < 0.6
                 original.copy_(weight)
                 replaced += 1
     assert replaced == 28
@@ -83,7 +84,7 @@ def test_the_gradients_of_an_adapter_are_those_on_the_dequantized_base(name: str
         assert torch.allclose(one[key], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), key
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_it_is_quantized_layer_by_layer_and_the_plan_counts_its_bytes(name: str, monkeypatch: pytest.MonkeyPatch):
     full, config = [0], compose([choice(name), EXACT]).quantization
     method = find_method(config)
