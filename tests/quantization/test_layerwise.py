@@ -25,7 +25,7 @@ from qlora.run import Run
 from qlora.runtime.device import find_device
 from tests.models.bases import load, write
 
-CHOICES = ["hqq4"]
+CHOICES = ["hqq4", "torchao-int8"]
 WIDTHS = [*CHOICES, "hqq3", "hqq2"]
 EXACT = "quantization.compute_dtype=fp32"
 QUICK = [

@@ -34,6 +34,7 @@ METHODS = {
     "bnb4": Entry("qlora.quantization.bnb4.method:Bnb4", (4,)),
     "bnb8": Entry("qlora.quantization.bnb8.method:Bnb8", (8,)),
     "hqq": Entry("qlora.quantization.hqq:Hqq", (2, 3, 4)),
+    "torchao": Entry("qlora.quantization.torchao:Torchao", (8,)),
     "none": Entry("qlora.quantization.none:Unquantized", (16, 32)),
 }
 DEFAULTS = {4: "bnb4", 8: "bnb8", 16: "none", 32: "none"}
