@@ -153,7 +153,7 @@ def find_target_modules(requested: list[str], model: PreTrainedModel) -> list[st
 
     Layers that text does not run through are left out, and with `all-linear` those that PEFT cannot adapt, too.
     """
-    routers = {matrix.name.removesuffix(".weight") for matrix in read_decoder(model).matrices if matrix.kind == ROUTER}
+    routers = {matrix.name.rpartition(".")[0] for matrix in read_decoder(model).matrices if matrix.kind == ROUTER}
     names = [name for name in linear_modules(model) if name not in routers]  # its output may be more than a tensor
     read = weights_read(model)
     uncalled = {name for name in names if read.get(name) or not calls_layer(last_name(name), model)}

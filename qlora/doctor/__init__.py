@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qlora.config.schema import Config
 from qlora.doctor.findings import Finding, Status, look
-from qlora.doctor.gpu_libraries import check_bitsandbytes, check_torch
+from qlora.doctor.gpu_libraries import check_bitsandbytes, check_quantizer, check_torch
 from qlora.doctor.machine import check_disk, check_environment, check_hub, check_memory, check_rights, check_tracking
 from qlora.doctor.trial_step import check_step, check_support
 from qlora.doctor.versions import check_python, check_versions
@@ -25,6 +25,7 @@ def examine(config: Config, folder: Path) -> Iterator[Finding]:
     """Yields what all checks find, in the order of the table; what needs torch is left out where that is broken."""
     yield from look("python", check_python, "install Python 3.11 or later")
     yield from look("versions", check_versions, TESTED)
+    yield from look("quantization", partial(check_quantizer, config), TESTED)
     broken = False
     for finding in look("torch", partial(check_torch, config), TESTED):
         broken = broken or (finding.name == "torch" and finding.status is Status.error)
@@ -45,6 +46,7 @@ def preflight(config: Config) -> None:
     """Prints the problems that are found at once; raises `ResourceError` where one is an error. Takes some 30 ms."""
     findings = [
         *look("versions", check_versions, TESTED),
+        *look("quantization", partial(check_quantizer, config), TESTED),
         *look("torch", partial(check_torch, config), TESTED),
         *look("bitsandbytes", partial(check_bitsandbytes, config), TESTED),
     ]

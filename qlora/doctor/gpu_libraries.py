@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora.config.schema import Config, Device
 from qlora.doctor.findings import Finding, fail, fine, first_line, warn
+from qlora.errors import ResourceError
 from qlora.quantization.method import find_method
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -88,6 +89,15 @@ def read_driver() -> str | None:
     except OSError:
         return None
     return next((word for word in parts if word[0].isdigit() and "." in word), None)
+
+
+def check_quantizer(config: Config) -> Iterator[Finding]:
+    """Looks for the package of the quantization method, where that is an extra."""
+    method = find_method(config.quantization)
+    try:
+        method.check_installed(config.quantization)
+    except ResourceError:
+        yield fail(str(method.package), "is not installed", f"pip install 'qlora[{method.package}]'")
 
 
 def check_bitsandbytes(config: Config) -> Iterator[Finding]:

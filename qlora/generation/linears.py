@@ -17,6 +17,7 @@ from qlora.generation.linear_groups import DecodedGroup, PackedGroup, ServedGrou
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, can_join, read_quantized_weight
 from qlora.step.parts.fused_linear import SAME_INPUT
 from qlora.upstream.torch_models import weight_of
+from qlora.upstream.transformers_layers import QuantizedLinear
 
 
 @contextlib.contextmanager
@@ -97,7 +98,7 @@ def _can_join(names: list[str], layers: dict[str, nn.Module], decoded: bool) -> 
 def _is_computable(module: nn.Module) -> bool:
     """Returns whether a layer is a 4-bit one or has one plain adapter, so that there is something to gain."""
     layer = base_layer_of(module)
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
         return False
     is_packed = read_quantized_weight(weight_of(layer)) is not None
     if not isinstance(module, LoraLayer):

@@ -151,7 +151,7 @@ def _is_quantized(method: QuantizationMethod, owner: Any) -> bool:
 def _shape(method: QuantizationMethod, weight: nn.Parameter, owner: nn.Module) -> torch.Size:
     """Returns a weight's shape before quantization."""
     layer: Any = owner
-    if _is_quantized(method, owner) and weight is layer.weight:
+    if _is_quantized(method, owner) and weight is not layer.bias:
         return torch.Size([layer.out_features, layer.in_features])
     return weight.shape
 
@@ -188,11 +188,11 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
 
     On the meta device, where nothing runs, those of towers for pictures are among them.
     """
-    output = model.get_output_embeddings()
+    output, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D, *method_of(model).layer_classes())
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output and _maps_rows(module)
+        if isinstance(module, kinds) and module is not output and _maps_rows(module)
     ]
     if model.device.type == "meta" or not _has_other_parts(model, names):
         return names
@@ -201,7 +201,7 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
 
 
 @torch.no_grad()
-def _maps_rows(layer: nn.Linear | Conv1D) -> bool:
+def _maps_rows(layer: Any) -> bool:
     """Returns whether a linear layer maps each input to an output, as an adapter on it does.
 
     Architectures have classes of their own; that of DeepSeek V4 maps groups of heads by a block of the weight each.

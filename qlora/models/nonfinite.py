@@ -47,9 +47,8 @@ def find_nonfinite(model: torch.nn.Module, method: QuantizationMethod, spoiled: 
     for name, parameter in model.named_parameters():
         if isinstance(parameter, Placeholder):
             continue
-        if parameter.untyped_storage().data_ptr() in storages or not all(
-            map(is_finite, method.scales(parameter) or [parameter])
-        ):
+        is_spoiled = bool(storages) and parameter.untyped_storage().data_ptr() in storages
+        if is_spoiled or not all(map(is_finite, method.scales(parameter) or [parameter])):
             names.append(name)
     experts_modules = find_experts(model)
     for name, experts in experts_modules.items():

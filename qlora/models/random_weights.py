@@ -20,6 +20,7 @@ from qlora.models.read_weights import describe_quantization
 from qlora.quantization.method import QuantizationMethod, quantizes_experts
 from qlora.runtime.device import DTYPES, Placement, planned_dtype
 from qlora.upstream.transformers_experts import is_experts
+from qlora.upstream.transformers_layers import LayersQuantizer, QuantizedLinear
 from qlora.upstream.transformers_models import dtype_plan, init_weights
 
 
@@ -80,8 +81,12 @@ class RandomWeights:
         if quantizer is not None:
             quantizer.preprocess_model(model, device_map={"": self.placement.device})
         layers, target = method.layer_classes(), store or self.placement.device
-        for name, module in list(model.named_modules()):
-            for key, tensor in self._initialise(name).items():
+        for name, chosen in list(model.named_modules()):
+            module, initialised = chosen, self._initialise(name)
+            if isinstance(quantizer, LayersQuantizer) and isinstance(module, QuantizedLinear):
+                module = quantizer.replace(model, name, initialised.pop("weight"))
+                module.to(target)
+            for key, tensor in initialised.items():
                 is_quantized = key == "weight" and isinstance(module, layers)
                 parameter = _quantize(method, module, tensor) if is_quantized else tensor
                 setattr(module, key, _move(parameter, self.placement.device if is_experts(module) else target))

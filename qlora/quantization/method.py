@@ -48,6 +48,8 @@ class QuantizationMethod(Protocol):
     """Whether a product rounds the activations too, by all tokens of a batch."""
     library_class: str | None = None
     """The class of transformers that describes this quantization; None: transformers does not know the method."""
+    library_imports: tuple[str, ...] = ()
+    """The imports that `library_arguments` need, as Python code."""
     offloads_experts: bool = False
     """Whether the experts of a mixture can wait in the host's memory (`qlora.experts.host`)."""
     decodes: tuple[str, ...] = ()
@@ -123,6 +125,9 @@ class QuantizationMethod(Protocol):
         return False
 
     # Loading
+
+    def check_installed(self, config: QuantizationConfig) -> None:
+        """Raises `ResourceError` where the method's package is not installed; imports nothing."""
 
     def library_config(self, config: QuantizationConfig, placement: Placement) -> Any | None:
         """Returns transformers' description of the base, for `from_pretrained`; None: it is loaded unquantized."""

@@ -180,7 +180,11 @@ def _use(
     embedded = config.lora.enabled and base == "tiny"
     lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
     lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
-    lines += [f"from transformers import {', '.join(names)}", ""]
+    lines += [
+        *(method.library_imports if method.library_class else ()),
+        f"from transformers import {', '.join(names)}",
+        "",
+    ]
     lines += [f"folder = {_literal(adapter)}  # {SEEN}"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     options = f'{"num_labels=1, " if config.loss.head else ""}dtype={dtype}, device_map="auto"'

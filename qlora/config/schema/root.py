@@ -141,6 +141,8 @@ class Config:
         trains = self.task.name is TaskName.train and self.task.train
         if trains or self.task.name is TaskName.doctor:  # which reports whether this machine can train like that
             self._check_optimizer()
+        if trains:
+            self._quantization_method.check_installed(self.quantization)
         if self.task.name is not TaskName.report:  # which reads the metrics of other runs
             self._check_objective()
 
