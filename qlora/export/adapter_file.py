@@ -37,7 +37,10 @@ class AdapterFile:
         text = self.config.get_text_config()
         find_architecture(text, self.key)
         held = {
-            "the magnitudes of DoRA": any(layer.magnitude is not None for layer in adapted.layers.values()),
+            "another kind of change than LoRA's": any(not hasattr(layer, "a") for layer in adapted.layers.values()),
+            "the magnitudes of DoRA": any(
+                getattr(layer, "magnitude", None) is not None for layer in adapted.layers.values()
+            ),
             "LoRA on the experts of a mixture": bool(adapted.experts),
             "trained rows of an embedding": bool(adapted.rows),
             "biases or other whole tensors": bool(adapted.replaced),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
@@ -193,3 +194,12 @@ def rank_of(config: LoraConfig, name: str) -> int:
     ranks = config.rank_pattern or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), name), config.r)
     return rank
+
+
+def is_of_adapter(name: str, model: PeftModel) -> bool:
+    """Returns whether a parameter or saved tensor of this name belongs to the adapter, and not to the base.
+
+    The random matrices of VeRA and the ranks of AdaLoRA have names without the prefix of their kind.
+    """
+    prefix: str = model.base_model.prefix
+    return prefix in name or ".ranknum." in f".{name}" or bool(re.search(r"(^|\.)vera_[AB](\.|$)", name))
