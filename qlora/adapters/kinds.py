@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import peft
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ FRESH_LORA = (".lora_B.", 0.0)
 
 def kind_of(model: PeftModel, name: str = "default") -> AdapterKind | None:
     """Returns the kind of a model's adapter; None: it is LoRA, or one that this project does not train."""
-    return KINDS.get(str(model.peft_config[name].peft_type.value).lower())
+    return KINDS.get(PeftType(model.peft_config[name].peft_type).value.lower())
 
 
 def fresh_tensors(model: PeftModel) -> tuple[str, float]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from qlora.config.registries.adapter_kinds import Place
+from qlora.config.registries.adapter_kinds import LayerSize
 from qlora.config.schema import PlanStep
 from qlora.experts.waiting import ROOM
 from qlora.planning.activations import Activations
@@ -136,10 +136,10 @@ class Ledger:
         """Returns the tensors of the adapters on linear layers, of a function from a layer and its rank."""
         sizes: Counter[int] = Counter()
         ranks = self.setup.ranks or (frozenset[tuple[str, int]](),) * self.shape.layers
-        for (kind, names, own), count in Counter(zip(self.shape.order, self.targets, ranks, strict=True)).items():
+        for (kind, names, special), count in Counter(zip(self.shape.order, self.targets, ranks, strict=True)).items():
             for linear in self.shape.kinds[kind].linears:
                 if linear.name in names:
-                    made = tensors(linear, dict(own).get(linear.name, self.setup.r))
+                    made = tensors(linear, dict(special).get(linear.name, self.setup.r))
                     sizes.update({size: count * copies for size, copies in made.items()})
         return sizes
 
@@ -173,7 +173,7 @@ class Ledger:
     def _adapter(self, linear: Linear, rank: int) -> Counter[int]:
         """Returns the trained tensors of one adapter; trained bias vectors are too small to count."""
         if self.setup.kind is not None:
-            return Counter(self.setup.kind.sizes(_place(linear), rank, self.setup.options))
+            return Counter(self.setup.kind.sizes(_size(linear), rank, self.setup.options))
         sizes = Counter(
             [rank * linear.outputs] if self.setup.frozen_a else [rank * linear.inputs, rank * linear.outputs]
         )
@@ -186,7 +186,7 @@ class Ledger:
         if setup.kind is not None:
             names = frozenset[str]().union(*self.targets)
             linears = (linear for kind in self.shape.kinds for linear in kind.linears if linear.name in names)
-            return setup.kind.shared([_place(linear) for linear in linears], setup.r)
+            return setup.kind.shared([_size(linear) for linear in linears], setup.r)
         frozen = self._on_layers(lambda linear, rank: Counter([rank * linear.inputs])) if setup.frozen_a else {}
         return sum(size * copies for size, copies in frozen.items())
 
@@ -336,5 +336,5 @@ def plan_memory(shape: Shape, setup: Setup) -> Memory:
     return Ledger(shape, setup).memory()
 
 
-def _place(linear: Linear) -> Place:
-    return Place(linear.name.rpartition(".")[2], linear.inputs, linear.outputs)
+def _size(linear: Linear) -> LayerSize:
+    return LayerSize(linear.name.rpartition(".")[2], linear.inputs, linear.outputs)

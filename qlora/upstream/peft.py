@@ -201,5 +201,5 @@ def is_of_adapter(name: str, model: PeftModel) -> bool:
 
     The random matrices of VeRA and the ranks of AdaLoRA have names without the prefix of their kind.
     """
-    prefix: str = model.base_model.prefix
+    prefix = str(model.base_model.prefix)
     return prefix in name or ".ranknum." in f".{name}" or bool(re.search(r"(^|\.)vera_[AB](\.|$)", name))

@@ -143,7 +143,7 @@ def test_no_layer_has_two_ranks(base_folder: Path) -> None:
         (["lora.exclude={a: 1}"], "^lora.exclude must be a text or a list of texts"),
         (["lora.rank_pattern={q_proj: 0}"], "^lora.rank_pattern must be a mapping from module names to ranks"),
         (["lora.alpha_pattern={q_proj: x}"], "^lora.alpha_pattern must be a mapping from module names to positive"),
-        (["lora.rank_pattern={q_proj: 2}", "lora=eva"], "lora.init=eva exclude each other: EVA shares out the ranks"),
+        (["lora.rank_pattern={q_proj: 2}", "lora=eva"], "lora.init=eva exclude each other: EVA chooses ranks"),
         (["lora.freeze_a=true", "lora=loraplus"], "^lora.freeze_a=true trains B alone, and lora.loraplus_lr_ratio"),
         (["lora.freeze_a=true", "trainer.keep=average", "trainer.save_steps=5"], "keep=average and lora.freeze_a=true"),
         (["lora.layers=[0]", "lora.experts=all"], r"^lora.experts=all: lora.layers=\[0\] is for linear layers"),

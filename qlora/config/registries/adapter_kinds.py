@@ -20,7 +20,7 @@ columns by a vector."""
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerSize:
     """A linear layer that an adapter is put on."""
 
     name: str
@@ -39,7 +39,7 @@ class AdapterKind:
     """The class of PEFT's config."""
     arguments: Callable[[Any, Sequence[str]], dict[str, Any]]
     """Returns what that class takes beside the layers and `options`, of `lora` and the names of the layers."""
-    sizes: Callable[[Place, int, Mapping[str, Any]], tuple[int, ...]]
+    sizes: Callable[[LayerSize, int, Mapping[str, Any]], tuple[int, ...]]
     """Returns the elements of each tensor that is trained in a layer, of the rank and the options."""
     fields: frozenset[str] = frozenset()
     """The fields of `lora` that it reads, beside those that every kind reads."""
@@ -49,7 +49,7 @@ class AdapterKind:
     fresh: tuple[str, float]
     """A part of the name of the tensors that begin as one number, and this number: all of them are that before the
     first step."""
-    shared: Callable[[Sequence[Place], int], int] = lambda places, rank: 0
+    shared: Callable[[Sequence[LayerSize], int], int] = lambda layers, rank: 0
     """Returns the elements of frozen tensors that all layers share."""
 
     def filled(self, options: Mapping[str, Any]) -> dict[str, Any]:

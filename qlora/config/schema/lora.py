@@ -143,7 +143,7 @@ class LoraConfig:
             require(is_pattern, f"lora.{name}", rule, pattern)
         if self.rank_pattern and self.init is LoraInit.eva:
             raise ConfigError(
-                "lora.rank_pattern and lora.init=eva exclude each other: EVA shares out the ranks by what the layers "
+                "lora.rank_pattern and lora.init=eva exclude each other: EVA chooses ranks by what the layers "
                 "read; leave one of them out"
             )
         if self.freeze_a and self.loraplus_lr_ratio is not None:
