@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import transformers_weight_conversion
@@ -194,6 +194,11 @@ def rank_of(config: LoraConfig, name: str) -> int:
     ranks = config.rank_pattern or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), name), config.r)
     return rank
+
+
+def has_plain_lora(model: nn.Module) -> bool:
+    """Returns whether a model's adapter, if it has one, is LoRA or a variant of it."""
+    return not isinstance(model, PeftModel) or model.peft_config["default"].peft_type == PeftType.LORA
 
 
 def is_of_adapter(name: str, model: PeftModel) -> bool:

@@ -264,6 +264,7 @@ class Config:
             "trainer.parallel=fsdp": (self.trainer.parallel is Parallel.fsdp, "sharded layers compute LoRA alone"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts LoRA"),
             "trainer.fused_linear=true": (self.trainer.fused_linear is True, "its kernels compute LoRA"),
+            "trainer.compile=true": (self.trainer.compile is True, "only layers with LoRA are compiled"),
             "quantization.compute=fp8": (self.quantization.compute is BaseProducts.fp8, "its kernels compute LoRA"),
         }
         for name, (is_set, reason) in reasons.items():
