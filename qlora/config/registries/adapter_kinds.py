@@ -67,3 +67,15 @@ EVERY_KIND = frozenset(("enabled", "kind", "options", "target_modules", "layers"
 
 KINDS: dict[str, AdapterKind] = {}
 """The kinds beside LoRA, by the name that `lora.kind` and, in capitals, PEFT give them."""
+
+KINDS["vera"] = AdapterKind(
+    title="VeRA",
+    config="VeraConfig",
+    arguments=lambda lora, layers: {"r": lora.r, "vera_dropout": lora.dropout},
+    sizes=lambda layer, rank, options: (layer.outputs, rank),
+    fields=frozenset(("r", "dropout")),
+    options={"d_initial": 0.1, "projection_prng_key": 0},
+    change=Change.added,
+    fresh=(".vera_lambda_b", 0.0),
+    shared=lambda layers, rank: rank * (max(layer.inputs for layer in layers) + max(layer.outputs for layer in layers)),
+)
