@@ -26,7 +26,12 @@ from tests.adapters.test_merge import load as load_for_merge
 from tests.adapters.test_merge import merger
 from tests.training.test_optimizers import check_exact, settings
 
-MORE: dict[str, list[list[str]]] = {}
+MORE: dict[str, list[list[str]]] = {
+    "vera": [["lora.r=5", "lora.options={projection_prng_key: 3}"]],
+    "oft": [["lora.options={oft_block_size: 24}"], ["lora.options={oft_block_size: 500, block_share: true}"],
+            ["lora.options={coft: true, eps: 0.5, use_cayley_neumann: false}"]],
+    "ia3": [["lora.options={feedforward_modules: [o_proj]}"], ["lora.options={feedforward_modules: []}"]],
+}  # fmt: skip
 """Settings of a kind with which it is planned and saved too."""
 CASES = [[f"lora={kind}", *more] for kind in KINDS for more in ([], *MORE.get(kind, []))]
 
@@ -93,7 +98,7 @@ def test_a_run_resumes_exactly(tmp_path: Path, kind: str) -> None:
 def test_an_adapter_that_learned_nothing_is_not_saved(tmp_path: Path, base_folder: Path, kind: str) -> None:
     config, base = load(base_folder, "quantization=fp32", f"lora={kind}")
     model = attach(config, base, base_folder)
-    with pytest.raises(UserError, match="nothing was trained; raise trainer.learning_rate or trainer.max_steps"):
+    with pytest.raises(UserError, match=r"nothing was trained; raise trainer.learning_rate or trainer.max_steps"):
         save(model, tmp_path / "adapter")
 
 

@@ -79,3 +79,55 @@ KINDS["vera"] = AdapterKind(
     fresh=(".vera_lambda_b", 0.0),
     shared=lambda layers, rank: rank * (max(layer.inputs for layer in layers) + max(layer.outputs for layer in layers)),
 )
+
+
+def _block(layer: LayerSize, size: int) -> int:
+    """Returns the size of OFT's blocks: of those that divide the inputs, the nearest to the one asked for."""
+    divisors = [block for block in range(1, layer.inputs + 1) if layer.inputs % block == 0]
+    return min(divisors, key=lambda block: (abs(block - size), block))
+
+
+def _oft_sizes(layer: LayerSize, rank: int, options: Mapping[str, Any]) -> tuple[int, ...]:
+    block = _block(layer, options["oft_block_size"])
+    return ((1 if options["block_share"] else layer.inputs // block) * block * (block - 1) // 2,)
+
+
+KINDS["oft"] = AdapterKind(
+    title="OFT",
+    config="OFTConfig",
+    arguments=lambda lora, layers: {"r": 0},
+    sizes=_oft_sizes,
+    options={
+        "oft_block_size": 32,
+        "module_dropout": 0.0,
+        "coft": False,
+        "eps": 6e-5,
+        "block_share": False,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+    },
+    change=Change.turned,
+    fresh=(".oft_R", 0.0),
+)
+
+
+IA3_INPUTS = ["down_proj", "dense_4h_to_h", "fc2", "w2", "fc_out"]
+"""The layers whose inputs IA3 scales: the last of a feed-forward layer, as models call it."""
+
+
+def _ia3_arguments(lora: Any, layers: Sequence[str]) -> dict[str, Any]:
+    names = lora.options.get("feedforward_modules", IA3_INPUTS)
+    return {"feedforward_modules": [layer for layer in layers if layer.rpartition(".")[2] in names]}
+
+
+KINDS["ia3"] = AdapterKind(
+    title="IA3",
+    config="IA3Config",
+    arguments=_ia3_arguments,
+    sizes=lambda layer, rank, options: (
+        layer.inputs if layer.name in options["feedforward_modules"] else layer.outputs,
+    ),
+    options={"feedforward_modules": IA3_INPUTS},
+    change=Change.scaled,
+    fresh=(".ia3_l", 1.0),
+)
