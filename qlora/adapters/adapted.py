@@ -10,15 +10,18 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qlora.adapters.kinds import WeightChange, kind_of, weight_change
+from qlora.config.registries.adapter_kinds import AdapterKind, Change
 from qlora.errors import DataError
 from qlora.experts.forward import ADAPTERS
 from qlora.experts.layout import ExpertsLayout, find_experts, stored_experts
 from qlora.quantization.method import QuantizationMethod, method_of
-from qlora.upstream.peft import base_of
+from qlora.upstream.peft import base_of, is_of_adapter
 
 ADAPTER = "default"  # the name that PEFT gives to the adapter it loads
 WRAPPERS = re.compile(r"\.(base_layer|token_adapter|original_module)(?=\.|$)")
@@ -70,7 +73,7 @@ class Adapted:
     method: QuantizationMethod
     tied: dict[str, str]
     """Parameters that share the tensor of another one."""
-    layers: dict[str, LowRank] = field(default_factory=dict)
+    layers: dict[str, LowRank | WeightChange] = field(default_factory=dict)
     experts: dict[str, ExpertsLowRank] = field(default_factory=dict)
     """By the names of the parameters that hold a projection of all experts."""
     replaced: dict[str, Tensor] = field(default_factory=dict)
@@ -91,9 +94,9 @@ def split_adapter(model: PeftModel) -> Adapted:
 
     Raises `DataError` for an adapter that no plain model can hold.
     """
-    method = method_of(model)
+    method, kind = method_of(model), kind_of(model, ADAPTER)
     base, peft_type = base_of(model), model.peft_config[ADAPTER].peft_type
-    if peft_type != PeftType.LORA:
+    if peft_type != PeftType.LORA and kind is None:
         raise DataError(f"adapter: task=merge adds LoRA to a base, but this is PEFT's {peft_type}; {INSTEAD}")
     adapted = Adapted(method, tied=dict(base.all_tied_weights_keys))
     tuners: dict[str, LoraLayer] = {}
@@ -105,7 +108,9 @@ def split_adapter(model: PeftModel) -> Adapted:
         plain = WRAPPERS.sub("", name)
         if plain in experts:  # wrapped by PEFT or not
             continue
-        if isinstance(module, LoraLayer):
+        if kind is not None and isinstance(module, BaseTunerLayer):
+            _split_other_kind(adapted, plain, module, kind)
+        elif isinstance(module, LoraLayer):
             tuners[plain] = module
         elif isinstance(module, TrainableTokensWrapper):
             tokens[plain] = module
@@ -121,6 +126,8 @@ def split_adapter(model: PeftModel) -> Adapted:
     parts = {name.removeprefix("base_model.model."): tensor.detach().cpu() for name, tensor in saved.items()}
     for name, tensor in parts.items():
         plain = WRAPPERS.sub("", name)
+        if kind is not None and is_of_adapter(name, model):
+            continue
         if (match := LORA.fullmatch(name)) and match[1] in tuners:
             adapted.layers[match[1]] = _low_rank(match[1], tuners[match[1]], parts)
         elif match and WRAPPERS.sub("", match[1]) in experts:
@@ -134,6 +141,15 @@ def split_adapter(model: PeftModel) -> Adapted:
             raise DataError(f"adapter: a plain model has no place for its {name}; {INSTEAD}")
     _check_tied(adapted)
     return adapted
+
+
+def _split_other_kind(adapted: Adapted, name: str, layer: BaseTunerLayer, kind: AdapterKind) -> None:
+    """Notes what an adapter of another kind than LoRA does to a layer: to its weight, and where it scales outputs, to
+    its bias."""
+    change = adapted.layers[name] = weight_change(kind, layer, ADAPTER)
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    if kind.change is Change.scaled and bias is not None and (scale := change.read().detach()).shape[0] == len(bias):
+        adapted.replaced[f"{name}.bias"] = (bias.detach().float() * scale.flatten().float()).to(bias.dtype).cpu()
 
 
 def _split_experts(adapted: Adapted, path: str, experts: nn.Module) -> None:

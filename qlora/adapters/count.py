@@ -15,6 +15,7 @@ from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.experts_per_token import experts_per_token
 from qlora.quantization.method import method_of
 from qlora.text import format_count, format_percent
+from qlora.upstream.peft import is_of_adapter
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
     for name, parameter in model.named_parameters():
         count, dtype = method.count(parameter)
         total += count
-        if "lora_" not in name:
+        if not (is_of_adapter(name, model) if isinstance(model, PeftModel) else "lora_" in name):
             base += count
             by_dtype[dtype] += count
         trainable += count if parameter.requires_grad else 0

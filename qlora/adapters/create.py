@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from qlora.adapters.biases import copy_biases, keep_biases
 from qlora.adapters.experts import attach_experts, set_dropout
 from qlora.adapters.head import attach_head, start_head
+from qlora.adapters.kinds import add_other_kind
 from qlora.adapters.loftq import correct_quantization, original_weights
 from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import find_targets, last_name, move_taken
@@ -56,6 +57,8 @@ def add_lora(
     `batches` yields training batches (read by EVA).
     Raises `ConfigError` for targets that match nothing.
     """
+    if config.other_kind is not None:
+        return add_other_kind(config, model)
     targets = find_targets(config, model)
     alpha: Any = config.alpha  # PEFT declares an integer, and divides any number by the rank
     bias: Any = config.bias.value
@@ -70,7 +73,7 @@ def add_lora(
         bias=bias,
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
-        rank_pattern=targets.ranks,
+        rank_pattern={**targets.rank_pattern, **targets.ranks},
         alpha_pattern=alphas,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -100,6 +103,7 @@ def add_lora(
             log.warning("lora.bias=%s: the layers it selects have no biases, so none is trained", config.bias.value)
         keep_biases(adapted, biases)
     store_in(config.dtype, adapted)
+    freeze_a(config, adapted)
     complete_adapter(adapted, config.dropout)
     if config.per_expert:
         check_per_expert(adapted)
@@ -127,6 +131,14 @@ def store_in(dtype: LoraDtype, model: PeftModel) -> None:
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.bfloat16()
+
+
+def freeze_a(config: LoraConfig, model: PeftModel) -> None:
+    """Keeps the A matrices as they are, where `config` asks for that (LoRA-FA)."""
+    if config.freeze_a:
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
 
 
 def _start_from_data(model: PeftModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:

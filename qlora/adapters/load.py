@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.adapters.adapter_files import ADAPTER_CONFIG, check_adapter_folder, open_adapter
 from qlora.adapters.biases import copy_biases, keep_biases
-from qlora.adapters.create import complete_adapter, store_in
+from qlora.adapters.create import complete_adapter, freeze_a, store_in
 from qlora.adapters.head import attach_head, has_head
 from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import return_taken
@@ -36,6 +36,7 @@ def continue_adapter(config: LoraConfig, model: PreTrainedModel, folder: Path, b
     """Loads a saved adapter onto its base to train it further, with the dropout and the dtype of `config`."""
     adapted = load_adapter(model, folder, base_name, key="lora.start", dropout=config.dropout)
     store_in(config.dtype, adapted)
+    freeze_a(config, adapted)
     if config.per_expert:
         check_per_expert(adapted)
     return adapted

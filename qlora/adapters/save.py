@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from qlora.adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from qlora.adapters.kinds import FRESH_LORA, fresh_tensors
 from qlora.errors import RunError
 from qlora.models.fingerprint import Base, write_base
 from qlora.models.tokenizer import save_tokenizer
@@ -44,7 +45,7 @@ def save_adapter(
         verify_adapter(partial, model)
         if initial is not None:
             _subtract_initial(partial, initial)
-        _check_trained(partial)
+        _check_trained(partial, *fresh_tensors(model))
 
     write_folder(folder, write)
 
@@ -77,6 +78,8 @@ def _subtract_initial(folder: Path, initial: Path) -> None:
     scale = rank / settings["r"]  # what is divided by r, or by its root, stays the same
     scale = math.sqrt(scale) if settings["use_rslora"] else scale
     settings |= {"r": rank, "lora_alpha": scale * settings["lora_alpha"], "init_lora_weights": True}
+    settings["rank_pattern"] = {name: 2 * value for name, value in (settings["rank_pattern"] or {}).items()}
+    settings["alpha_pattern"] = {name: scale * value for name, value in (settings["alpha_pattern"] or {}).items()}
     path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -115,12 +118,14 @@ def _is_same(saved: torch.Tensor, live: torch.Tensor) -> bool:
     return (saved.shape, saved.dtype) == (live.shape, live.dtype) and torch.equal(first, second)
 
 
-def _check_trained(folder: Path) -> None:
-    """Raises `RunError` if all B matrices of a saved adapter are zero, as they are before the first step."""
+def _check_trained(folder: Path, part: str, value: float) -> None:
+    """Raises `RunError` if all tensors of a saved adapter with a part of a name are what they are before training."""
     with open_adapter(folder) as file:
-        keys = [key for key in file.keys() if ".lora_B." in key]  # noqa: SIM118 - no mapping
-        if keys and not any(file.get_tensor(key).any() for key in keys):
+        keys = [key for key in file.keys() if part in key]  # noqa: SIM118 - no mapping
+        if keys and not any((file.get_tensor(key) != value).any() for key in keys):
+            what = "B matrices" if part == FRESH_LORA[0] else f"tensors {part.strip('.')}"
+            begun = "zero" if value == 0 else f"{value:g}"
             raise RunError(
-                f"{folder}: all {len(keys)} B matrices of the adapter are zero: nothing was trained; raise "
+                f"{folder}: all {len(keys)} {what} of the adapter are {begun}: nothing was trained; raise "
                 "trainer.learning_rate or trainer.max_steps"
             )

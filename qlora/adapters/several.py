@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 
 from qlora.adapters.biases import REWRITING
 from qlora.adapters.load import check_fit, check_whole
@@ -43,7 +43,7 @@ def attach_adapter(model: PeftModel, folder: Path, base_name: str, *, name: str,
 
 
 def _alone_reason(config: PeftConfig) -> str | None:
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return f"is no LoRA ({config.peft_type})"
     start = config.init_lora_weights
     reasons = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import LoraConfig as PeftLoraConfig
 from torch import nn
@@ -37,11 +38,16 @@ class Targets:
     """Tensors of experts and routers, by names or ends of names."""
     ranks: dict[str, int] = field(default_factory=dict)
     """The ranks of those of `parameters` that have another than the rest."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """The ranks of those of `modules` that have one of their own."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """As `rank_pattern`, for alpha."""
 
     def alphas(self, config: LoraConfig) -> dict[str, float]:
-        """Returns the alpha by which each of `ranks` is scaled as the other layers are."""
+        """Returns the alphas other than `config.alpha`; those of `ranks` scale as the other layers are scaled."""
         power = 0.5 if config.use_rslora else 1
-        return {name: config.alpha * math.pow(rank / config.r, power) for name, rank in self.ranks.items()}
+        scaled = {name: config.alpha * math.pow(rank / config.r, power) for name, rank in self.ranks.items()}
+        return {**self.alpha_pattern, **scaled}
 
 
 def find_targets(config: LoraConfig, model: PreTrainedModel) -> Targets:
@@ -53,7 +59,13 @@ def find_targets(config: LoraConfig, model: PreTrainedModel) -> Targets:
         modules = [name for name in modules if name not in shared]
     elif not is_all_linear and experts in (LoraExperts.all, LoraExperts.shared):
         modules = sorted({*_full_names(modules, model), *shared})
-    targets = Targets(modules)
+    modules = choose_layers(config, modules, model)
+    names = _full_names(modules, model)
+    targets = Targets(
+        modules,
+        rank_pattern=read_pattern("rank_pattern", config.rank_pattern, names, model),
+        alpha_pattern=read_pattern("alpha_pattern", config.alpha_pattern, names, model),
+    )
     routed = _routed(model)
     if experts in (LoraExperts.all, LoraExperts.shared):
         _check_has_experts(experts, model, routed=bool(routed), shared=bool(shared))
@@ -70,6 +82,63 @@ def find_targets(config: LoraConfig, model: PreTrainedModel) -> Targets:
     if config.router:
         _add_routers(targets, model)
     return targets
+
+
+def choose_layers(config: LoraConfig, modules: list[str], model: PreTrainedModel) -> list[str]:
+    """Returns those of the modules that `lora.layers` and `lora.exclude` leave."""
+    if config.layers is None and not config.exclude:
+        return modules
+    chosen = _full_names(modules, model)
+    if config.layers is not None:
+        count = model.config.get_text_config().num_hidden_layers
+        if beyond := [index for index in config.layers if index >= count]:
+            raise ConfigError(
+                f"lora.layers {beyond}: the model has {count} decoder layers, 0 to {count - 1}; name some of them"
+            )
+        chosen = [name for name in chosen if _layer_index(name) in config.layers]
+    for pattern in config.exclude:
+        excluded = _matches(pattern, chosen, "lora.exclude")
+        if not excluded:
+            kinds = sorted({last_name(name) for name in chosen})
+            raise ConfigError(
+                f"lora.exclude [{pattern!r}] matches no layer with an adapter{did_you_mean(pattern, kinds)}; "
+                f"these are {kinds}"
+            )
+        chosen = [name for name in chosen if name not in excluded]
+    if not chosen:
+        raise ConfigError("lora.layers and lora.exclude leave no layer to adapt; name fewer in lora.exclude")
+    return chosen
+
+
+def read_pattern(key: str, pattern: Mapping[str, Any], names: list[str], model: PreTrainedModel) -> dict[str, Any]:
+    """Returns a pattern that PEFT reads as `lora` means it, however the saved config orders its keys."""
+    values: dict[str, Any] = {}
+    matched: dict[str, str] = {}
+    for name, value in pattern.items():
+        layers = _matches(name, names, f"lora.{key}")
+        kinds = sorted({last_name(layer) for layer in names})
+        if not layers:
+            raise ConfigError(
+                f"lora.{key} [{name!r}] matches no layer with an adapter{did_you_mean(name, kinds)}; these are {kinds}"
+            )
+        if twice := next((layer for layer in layers if layer in matched), None):
+            raise ConfigError(
+                f"lora.{key}: {name!r} and {matched[twice]!r} both match {twice}; make them match different layers"
+            )
+        if taken := names_of_experts({last_name(layer) for layer in layers}, model):
+            raise ConfigError(
+                f"lora.{key} [{name!r}]: PEFT takes {sorted(taken)} for experts of this {model.config.model_type}, "
+                f"which it gives no such value; leave these layers out of lora.{key}"
+            )
+        matched |= dict.fromkeys(layers, name)
+        is_ending = all(layer == name or layer.endswith(f".{name}") for layer in layers)
+        values |= {name: value} if is_ending else dict.fromkeys(layers, value)
+    return values
+
+
+def _layer_index(name: str) -> int | None:
+    """Returns the number of the decoder layer in a module's name."""
+    return int(match[1]) if (match := re.search(r"\.(\d+)\.", name)) else None
 
 
 def _check_has_experts(experts: LoraExperts, model: PreTrainedModel, *, routed: bool, shared: bool) -> None:
@@ -202,11 +271,11 @@ def _count(kinds: list[str], model: PreTrainedModel) -> int:
     return sum(last_name(name) in kinds for name, _ in model.named_modules())
 
 
-def _matches(pattern: str, names: list[str]) -> list[str]:
+def _matches(pattern: str, names: list[str], key: str = "lora.target_modules") -> list[str]:
     plain = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
     if plain:
         return plain
     try:
         return [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
-        raise ConfigError(f"lora.target_modules: {pattern!r} is not a regular expression: {error}") from error
+        raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qlora.config.schema import GgufType
 from qlora.errors import DataError
@@ -37,7 +37,10 @@ class AdapterFile:
         text = self.config.get_text_config()
         find_architecture(text, self.key)
         held = {
-            "the magnitudes of DoRA": any(layer.magnitude is not None for layer in adapted.layers.values()),
+            "another kind of change than LoRA's": any(not hasattr(layer, "a") for layer in adapted.layers.values()),
+            "the magnitudes of DoRA": any(
+                getattr(layer, "magnitude", None) is not None for layer in adapted.layers.values()
+            ),
             "LoRA on the experts of a mixture": bool(adapted.experts),
             "trained rows of an embedding": bool(adapted.rows),
             "biases or other whole tensors": bool(adapted.replaced),
@@ -66,9 +69,14 @@ class AdapterFile:
             writer.close()
 
     @property
+    def layers(self) -> dict[str, LowRank]:
+        """The matrices of each layer; `check` refuses what else an adapter may do to one."""
+        return {name: cast("LowRank", layer) for name, layer in self.adapted.layers.items()}
+
+    @property
     def alpha(self) -> float:
         """The one `alpha` of the file, that of the first layer; other layers have theirs in their matrix B."""
-        first = next(iter(self.adapted.layers.values()))
+        first = next(iter(self.layers.values()))
         return first.scaling * first.a.shape[0]
 
     def gguf_tensors(self) -> Iterator[GgufTensor]:
@@ -76,7 +84,7 @@ class AdapterFile:
         gguf, text = load_gguf(), self.config.get_text_config()
         architecture = find_architecture(text, self.key)
         known = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.name), text.num_hidden_layers)
-        for layer, matrices in self.adapted.layers.items():
+        for layer, matrices in self.layers.items():
             parameter = plain_name(f"{layer}.weight")
             name = known.get_name(parameter, try_suffixes=(".weight",))
             if name is None:

@@ -199,6 +199,8 @@ def _fewer_bits(training: Training, gpu: Gpu) -> Step:
 def _lower_rank(training: Training, gpu: Gpu) -> Step:
     """Halves the rank, and that of adapters on experts with it."""
     first, setup = training.setup, training.setup
+    if setup.kind is not None and not setup.kind.has_rank:
+        return None
     while setup.r > LOWEST_RANK and not training.fits(gpu):
         rank = max(setup.r // 2, LOWEST_RANK)
         expert_rank = max(first.expert_r * rank // first.r, 1) if first.expert_r else 0
@@ -211,7 +213,8 @@ def _lower_rank(training: Training, gpu: Gpu) -> Step:
 def _smaller_model(training: Training, gpu: Gpu, *, models: Mapping[str, Shape]) -> Step:
     """Takes the largest of the models that fits."""
     for name, shape in sorted(models.items(), key=lambda option: -option[1].parameters):
-        setup = replace(training.setup, targets=find_targets(shape, ["all-linear"]), checkpointed=shape.layers)
+        setup = replace(training.setup, targets=find_targets(shape, ["all-linear"]), ranks=(),
+                        checkpointed=shape.layers)  # fmt: skip
         changed = Training(shape, setup, training.accumulation)
         if shape.parameters < training.shape.parameters and changed.fits(gpu):
             return f"model={name}", "a smaller model", changed

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from qlora.config.registries.adapter_kinds import LayerSize
 from qlora.config.schema import PlanStep
 from qlora.experts.waiting import ROOM
 from qlora.planning.activations import Activations
@@ -129,12 +130,17 @@ class Ledger:
         """How many trained tensors there are of each number of elements."""
         if self.setup.r == 0:
             return self._all_weights
+        return self._on_layers(self._adapter) + self._on_experts
+
+    def _on_layers(self, tensors: Callable[[Linear, int], Counter[int]]) -> Counter[int]:
+        """Returns the tensors of the adapters on linear layers, of a function from a layer and its rank."""
         sizes: Counter[int] = Counter()
-        for (kind, names), count in Counter(zip(self.shape.order, self.targets, strict=True)).items():
+        ranks = self.setup.ranks or (frozenset[tuple[str, int]](),) * self.shape.layers
+        for (kind, names, special), count in Counter(zip(self.shape.order, self.targets, ranks, strict=True)).items():
             for linear in self.shape.kinds[kind].linears:
                 if linear.name in names:
-                    sizes.update({size: count * copies for size, copies in self._adapter(linear).items()})
-        sizes.update(self._on_experts)
+                    made = tensors(linear, dict(special).get(linear.name, self.setup.r))
+                    sizes.update({size: count * copies for size, copies in made.items()})
         return sizes
 
     @property
@@ -164,10 +170,25 @@ class Ledger:
         matrices[shape.hidden] += small // shape.hidden
         return matrices
 
-    def _adapter(self, linear: Linear) -> Counter[int]:
-        """Returns the tensors of one adapter; trained bias vectors are too small to count."""
-        sizes = Counter([self.setup.r * linear.inputs, self.setup.r * linear.outputs])
+    def _adapter(self, linear: Linear, rank: int) -> Counter[int]:
+        """Returns the trained tensors of one adapter; trained bias vectors are too small to count."""
+        if self.setup.kind is not None:
+            return Counter(self.setup.kind.sizes(_size(linear), rank, self.setup.options))
+        sizes = Counter(
+            [rank * linear.outputs] if self.setup.frozen_a else [rank * linear.inputs, rank * linear.outputs]
+        )
         return sizes + Counter([linear.outputs] if self.setup.dora else [])
+
+    @property
+    def frozen_adapters(self) -> int:
+        """The elements of adapters that are not trained: A matrices that stay, or what all layers share."""
+        setup = self.setup
+        if setup.kind is not None:
+            names = frozenset[str]().union(*self.targets)
+            linears = (linear for kind in self.shape.kinds for linear in kind.linears if linear.name in names)
+            return setup.kind.shared([_size(linear) for linear in linears], setup.r)
+        frozen = self._on_layers(lambda linear, rank: Counter([rank * linear.inputs])) if setup.frozen_a else {}
+        return sum(size * copies for size, copies in frozen.items())
 
     @property
     def trained_count(self) -> int:
@@ -184,7 +205,7 @@ class Ledger:
     @property
     def adapters(self) -> int:
         """The adapters' matrices."""
-        return self.trained_count * self.trained_bytes if self.setup.r else 0
+        return (self.trained_count + self.frozen_adapters) * self.trained_bytes if self.setup.r else 0
 
     @property
     def gradients(self) -> int:
@@ -313,3 +334,7 @@ class Ledger:
 def plan_memory(shape: Shape, setup: Setup) -> Memory:
     """Returns what a training run of this shape and setup needs."""
     return Ledger(shape, setup).memory()
+
+
+def _size(linear: Linear) -> LayerSize:
+    return LayerSize(linear.name.rpartition(".")[2], linear.inputs, linear.outputs)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from qlora.config.registries.adapter_kinds import AdapterKind
 from qlora.config.schema import LossConfig, PlanStep
 from qlora.quantization.stored_base import StoredBase
 
@@ -53,6 +56,14 @@ class Setup:
     """Tokens in attention for each token that layers compute: more than 1 where answers share their prompts."""
     reference_passes: float = 0.0
     """Forward passes with the reference for each step: 1, or fewer where it is computed once for several epochs."""
+    ranks: tuple[frozenset[tuple[str, int]], ...] = ()
+    """For each decoder layer, the linear layers whose adapter has another rank than `r`, with it; (): none has."""
+    frozen_a: bool = False
+    """Whether the A matrices of the adapters stay as they are drawn."""
+    kind: AdapterKind | None = None
+    """The kind of the adapters where it is not LoRA."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of that kind."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 

@@ -29,7 +29,7 @@ from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.context import fit_rows
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
-from qlora.planning.adapter_targets import find_expert_rank, find_targets
+from qlora.planning.adapter_targets import adapter_rank, choose_targets, find_expert_rank, find_ranks
 from qlora.planning.advice import (
     Change,
     Training,
@@ -207,11 +207,16 @@ def read_setup(config: Config, shape: Shape) -> Setup:
             f"trainer.optim={trainer.optim}: task=plan does not know what it stores"
             f"{did_you_mean(trainer.optim, OPTIMIZERS)}; it knows {', '.join(OPTIMIZERS)}"
         )
+    targets = choose_targets(shape, lora) if lora.enabled else ()
     return Setup(
         base=find_method(quantization).stored_base(quantization),
         fp32=quantization.compute_dtype is ComputeDtype.fp32,
-        r=lora.r if lora.enabled else 0,
-        targets=find_targets(shape, lora.target_modules, lora.experts) if lora.enabled else (),
+        r=adapter_rank(lora) if lora.enabled else 0,
+        targets=targets,
+        ranks=find_ranks(shape, targets, lora.rank_pattern) if lora.enabled else (),
+        frozen_a=lora.freeze_a,
+        kind=lora.other_kind,
+        options=lora.other_kind.filled(lora.options) if lora.other_kind is not None else {},
         expert_r=find_expert_rank(shape, lora) if lora.enabled else 0,
         dora=lora.use_dora,
         bf16_adapters=lora.dtype is LoraDtype.bf16,
@@ -246,7 +251,7 @@ def _find_step(config: Config, shape: Shape) -> PlanStep:
     parts: tuple[Any, ...] = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
     if shape.experts is not None:
         parts = (*parts, trainer.fused_experts)
-    plain_adapter = lora.enabled and not lora.use_dora
+    plain_adapter = lora.enabled and not lora.use_dora and lora.other_kind is None
     can_fuse = find_method(config.quantization).fast_step_unsupported_reason() is None
     return PlanStep.fast if can_fuse and plain_adapter and False not in parts else PlanStep.plain
 

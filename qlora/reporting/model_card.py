@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.schema import ComputeDtype, Config, DataConfig, LoraInit, TrainerConfig, Weights
+from qlora.config.schema.adapter_kind import describe_adapter, describe_choice
 from qlora.quantization.method import find_method
 from qlora.reporting.escape import markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.kept import kept_lines
@@ -238,8 +239,10 @@ def _settings(
     if mixture:
         rows.insert(0, ("base", mixture))
     if lora.enabled:
-        where = ", ".join(lora.target_modules)
-        rows.append(("LoRA", f"r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}, on {where}"))
+        name, _, sizes = describe_adapter(lora).partition(" ")
+        reads_dropout = lora.other_kind is None or "dropout" in lora.other_kind.fields
+        dropout = f"dropout={lora.dropout:g}" if reads_dropout else ""
+        rows.append((name, ", ".join(filter(None, [sizes, dropout, f"on {describe_choice(lora)}"]))))
         if experts:
             rows.append(("LoRA on routed experts", experts))
         if lora.start is not None:
@@ -247,6 +250,10 @@ def _settings(
         extras = [("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)]
         extras.append((f"LoRA+ ratio {lora.loraplus_lr_ratio}", lora.loraplus_lr_ratio is not None))
         extras.append((f"drawn by {lora.init.value}", lora.init is not LoraInit.default))
+        extras.append(("LoRA-FA", lora.freeze_a))
+        if patterns := {**{f"r of {name}": rank for name, rank in lora.rank_pattern.items()},
+                        **{f"alpha of {name}": alpha for name, alpha in lora.alpha_pattern.items()}}:  # fmt: skip
+            rows.append(("sizes of their own", ", ".join(f"{name} = {value:g}" for name, value in patterns.items())))
         if any(used for _, used in extras):
             rows.append(("LoRA variant", ", ".join(name for name, used in extras if used)))
     length = plural(trainer.max_steps, "step") if trainer.max_steps else plural(trainer.num_train_epochs, "epoch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora.config.schema import Config
+from qlora.config.schema.adapter_kind import describe_adapter
 from qlora.config.training_length import TrainingLength
 from qlora.quantization.method import find_method
 from qlora.runtime import distributed
@@ -54,7 +55,7 @@ def training_lines(
     `left_out` names the layers that `lora.target_modules=all-linear` gives no adapter, `limit` how long a row may be.
     """
     lora, trainer, processes = config.lora, config.trainer, distributed.world_size()
-    adapter = f"LoRA r={lora.r}, alpha={lora.alpha:g}" if lora.enabled else "all weights"
+    adapter = describe_adapter(lora) if lora.enabled else "all weights"
     adapter += f", {experts}" if (experts := count.describe_experts()) else ""
     unit = "packs" if report.packs else "rows"
     full = format_percent(report.packed_share or 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora.config.overrides import override_value
 from qlora.config.schema import Config, LoraBias, LoraConfig, LoraExperts
+from qlora.config.schema.adapter_kind import unread_reason
 from qlora.config.schema.values import written
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.json_files import read_object
@@ -28,6 +29,9 @@ def with_start(config: Config, overrides: Sequence[str] = ()) -> Config:
     Without `lora.start` it is returned unchanged. Raises a `UserError` for an adapter that cannot be trained further,
     and for one of `overrides` that asks for another adapter than it is.
     """
+    for key in (text.partition("=")[0].lstrip("+") for text in overrides):
+        if key.startswith("lora.") and (reason := unread_reason(config.lora, key.removeprefix("lora."))) is not None:
+            raise ConfigError(reason)
     if config.lora.start is None:
         return config
     folder = find_start(config)
@@ -45,7 +49,8 @@ def with_start(config: Config, overrides: Sequence[str] = ()) -> Config:
     return replace(config, lora=lora)
 
 
-OWN = ("r", "alpha", "bias", "target_modules", "experts", "expert_r", "router", "use_rslora", "use_dora")
+OWN = ("r", "alpha", "bias", "target_modules", "experts", "expert_r", "router", "use_rslora", "use_dora",
+       "rank_pattern", "alpha_pattern")  # fmt: skip
 """The fields of `lora` that an adapter brings along."""
 PROJECTION = re.compile(r"(.*\.)?(\w*_proj|w[123])\.weight")
 """A linear layer among the parameters that an adapter targets, as PEFT must read some of them."""
@@ -136,9 +141,16 @@ def _own_settings(lora: LoraConfig, settings: Mapping[str, Any], folder: Path) -
             router=any(not PROJECTION.fullmatch(name) for name in {*parameters} - {*routed}),
             use_rslora=bool(settings.get("use_rslora")),
             use_dora=bool(settings.get("use_dora")),
+            rank_pattern=_pattern(settings.get("rank_pattern"), parameters),
+            alpha_pattern=_pattern(settings.get("alpha_pattern"), parameters),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'adapter_config.json'} is not that of a LoRA adapter ({error!r})") from error
+
+
+def _pattern(pattern: Mapping[str, Any] | None, parameters: Sequence[str]) -> dict[str, Any]:
+    """Returns the part of a pattern of PEFT's that is about linear layers."""
+    return {name: value for name, value in (pattern or {}).items() if name not in parameters}
 
 
 def _experts(lora: LoraConfig, routed: list[str], targets: list[str]) -> LoraExperts:

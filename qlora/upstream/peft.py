@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import transformers_weight_conversion
@@ -193,3 +194,17 @@ def rank_of(config: LoraConfig, name: str) -> int:
     ranks = config.rank_pattern or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), name), config.r)
     return rank
+
+
+def has_plain_lora(model: nn.Module) -> bool:
+    """Returns whether a model's adapter, if it has one, is LoRA or a variant of it."""
+    return not isinstance(model, PeftModel) or model.peft_config["default"].peft_type == PeftType.LORA
+
+
+def is_of_adapter(name: str, model: PeftModel) -> bool:
+    """Returns whether a parameter or saved tensor of this name belongs to the adapter, and not to the base.
+
+    The random matrices of VeRA and the ranks of AdaLoRA have names without the prefix of their kind.
+    """
+    prefix = str(model.base_model.prefix)
+    return prefix in name or ".ranknum." in f".{name}" or bool(re.search(r"(^|\.)vera_[AB](\.|$)", name))

@@ -131,9 +131,9 @@ def test_a_tensor_that_cannot_be_found_stops_the_merge(base_folder: Path, missin
 
 
 def test_another_kind_of_adapter_is_refused(base_folder: Path) -> None:
-    from peft import IA3Config
+    from peft import LoHaConfig
 
     base, _ = load(base_folder, "quantization=fp32")
-    model = get_peft_model(base, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(UserError, match=r"adapter: task=merge adds LoRA to a base, but this is PEFT's .*IA3; serve"):
+    model = get_peft_model(base, LoHaConfig(target_modules=["k_proj"]))
+    with pytest.raises(UserError, match=r"adapter: task=merge adds LoRA to a base, but this is PEFT's .*LOHA; serve"):
         split_adapter(model)

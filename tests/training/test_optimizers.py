@@ -72,12 +72,15 @@ def build(
     config: TrainerConfig,
     measure: Callable[[Any, int], dict[str, float]] | None = None,
     loraplus: float | None = None,
+    adapt: Callable[[Any], Any] = lambda model: get_peft_model(
+        model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    ),
 ) -> QLoraTrainer:
     device = torch.device("cuda") if OPTIMIZERS[config.optim].needs_cuda else CPU
     torch.manual_seed(0)
     shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
-    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).to(device)
+    model = adapt(model).to(device)
     rows = [{"input_ids": [1 + row % 8, 9, 20], "labels": [-100, 9, 20]} for row in range(8)]
     return QLoraTrainer(
         model=model,
@@ -113,15 +116,15 @@ def rates(trainer: QLoraTrainer) -> list[float]:
     return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
 
 
-def check_exact(folder: Path, config: TrainerConfig, loraplus: float | None = None) -> QLoraTrainer:
+def check_exact(folder: Path, config: TrainerConfig, **how: Any) -> QLoraTrainer:
     """Trains, and trains again from the checkpoint in the middle; returns the first training."""
-    whole = build(folder, config, loraplus=loraplus)
+    whole = build(folder, config, **how)
     half = config.save_steps
     first = weights(whole)
     whole.run(None)
     assert not torch.equal(weights(whole), first)
     assert bool(weights(whole).isfinite().all())
-    again = build(folder, config, loraplus=loraplus)
+    again = build(folder, config, **how)
     again.run(folder / f"checkpoint-{half}")
     assert torch.equal(weights(again), weights(whole))
     assert rates(again) == rates(whole)

@@ -9,7 +9,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from qlora.config.schema.values import HOLDS
+from qlora.config.registries.adapter_kinds import KINDS, LORA, AdapterKind
+from qlora.config.schema.adapter_kind import check_kind
+from qlora.config.schema.values import HOLDS, written
 from qlora.errors import ConfigError, require
 
 LoraBias = StrEnum("LoraBias", "none all lora_only")
@@ -31,6 +33,9 @@ class LoraConfig:
 
     enabled: bool = True
     """Train an adapter; false (`lora=none`) trains all weights, with `bits` 16 or 32."""
+    kind: str = LORA
+    """Which kind of adapter: `lora`, or one that PEFT has beside it (`lora=KIND`), which reads its own keys of the
+    group and `lora.options`."""
     r: int = MISSING
     """Rank of the adapter matrices."""
     alpha: float = MISSING
@@ -42,6 +47,20 @@ class LoraConfig:
     target_modules: Any = field(default="all-linear", metadata={HOLDS: list[str] | str})
     """`all-linear` (every linear layer but the output layer, as in the paper), or a list of module names or
     regular expressions; each must match a linear layer."""
+    layers: Any = field(default=None, metadata={HOLDS: list[int] | int | None})
+    """The decoder layers that get adapters, by their numbers from 0 (PEFT's `layers_to_transform`); unset: all."""
+    exclude: Any = field(default_factory=list, metadata={HOLDS: list[str] | str})
+    """Linear layers that get no adapter, by names or regular expressions as in `target_modules` (PEFT's
+    `exclude_modules`); each must match one that would have got it."""
+    rank_pattern: Any = field(default_factory=dict, metadata={HOLDS: dict[str, int]})
+    """Ranks of layers that have another one than `r`, by names or regular expressions as in `target_modules`, e.g.
+    `{down_proj: 16}`; each must match a layer with an adapter, and no layer two."""
+    alpha_pattern: Any = field(default_factory=dict, metadata={HOLDS: dict[str, float]})
+    """As `rank_pattern`, for `alpha`."""
+    freeze_a: bool = False
+    """Keep the A matrices as they are drawn, and train B alone (LoRA-FA, arXiv 2308.03303), with any optimizer."""
+    options: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any]})
+    """Settings of another `kind` than `lora`, by PEFT's names; `docs/models.md` lists them."""
     experts: LoraExperts = LoraExperts.auto
     """Which experts of a mixture get adapters: `all` (those that tokens are routed to, and the shared ones that every
     token runs through), `shared`, or `none`. `auto`: all with `lora.target_modules=all-linear`, as far as the other
@@ -61,7 +80,7 @@ class LoraConfig:
     start: str | None = None
     """An adapter that is trained further, with a fresh optimizer: the folder of an adapter or of a finished run, the
     name of a run in `outputs/runs`, or a hub id. `r`, `alpha`, `bias`, `target_modules`, `experts`, `expert_r`,
-    `router`, `use_rslora` and `use_dora` are its own."""
+    `router`, `use_rslora`, `use_dora`, `rank_pattern` and `alpha_pattern` are its own."""
     init: LoraInit = LoraInit.default
     """`default`, `gaussian`, `orthogonal`, `pissa`, `olora`, `loftq` or `eva`."""
     loraplus_lr_ratio: float | None = None
@@ -87,6 +106,8 @@ class LoraConfig:
                 "lora.target_modules: all-linear stands alone: it takes every linear layer but the output layer, which "
                 "cannot be a target; write lora.target_modules=all-linear"
             )
+        self._check_choice()
+        check_kind(self)
         if self.start is not None:
             require(self.enabled, "lora.start", "be unset with lora=none, which trains no adapter", self.start)
             require(self.init is LoraInit.default, "lora.init", "be default beside lora.start, whose weights are "
@@ -94,6 +115,42 @@ class LoraConfig:
         self._check_experts()
         ratio = self.loraplus_lr_ratio
         require(ratio is None or 1 <= ratio < math.inf, "lora.loraplus_lr_ratio", "be at least 1 and finite", ratio)
+
+    @property
+    def other_kind(self) -> AdapterKind | None:
+        """The kind of adapter where it is not LoRA."""
+        return KINDS[self.kind] if self.enabled and self.kind != LORA else None
+
+    def _check_choice(self) -> None:
+        """Checks which layers are chosen, and which of them have ranks and alphas of their own."""
+        self.layers = [self.layers] if isinstance(self.layers, int) else self.layers
+        chosen = self.layers
+        is_list = isinstance(chosen, list) and chosen and all(type(index) is int and index >= 0 for index in chosen)
+        require(chosen is None or bool(is_list), "lora.layers", "be numbers of decoder layers, from 0", chosen)
+        self.exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
+        is_list = isinstance(self.exclude, list) and all(isinstance(name, str) and name for name in self.exclude)
+        require(bool(is_list), "lora.exclude", "be a list of module names", self.exclude)
+        for name, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+            pattern = getattr(self, name)
+            is_pattern = isinstance(pattern, dict) and all(
+                isinstance(key, str)
+                and isinstance(value, kinds)
+                and not isinstance(value, bool)
+                and 0 < value < math.inf
+                for key, value in pattern.items()
+            )
+            rule = f"be a mapping from module names to {'ranks' if kinds is int else 'positive numbers'}"
+            require(is_pattern, f"lora.{name}", rule, pattern)
+        if self.rank_pattern and self.init is LoraInit.eva:
+            raise ConfigError(
+                "lora.rank_pattern and lora.init=eva exclude each other: EVA chooses ranks by what the layers "
+                "read; leave one of them out"
+            )
+        if self.freeze_a and self.loraplus_lr_ratio is not None:
+            raise ConfigError(
+                f"lora.freeze_a=true trains B alone, and lora.loraplus_lr_ratio={self.loraplus_lr_ratio:g} compares "
+                "its learning rate with that of A; leave one of them out"
+            )
 
     def _check_experts(self) -> None:
         """Refuses what adapters on experts or routers are asked for, and have no meaning there."""
@@ -132,6 +189,11 @@ class LoraConfig:
 
     def experts_unsupported_reason(self) -> str | None:
         """Returns why tensors of experts cannot have this kind of adapter, beginning with its key; None: they can."""
+        if self.kind != LORA:
+            return f"lora.kind={self.kind} is defined for linear layers, and experts are one tensor a layer"
+        for key, is_set in (("layers", self.layers), ("exclude", self.exclude), ("freeze_a", self.freeze_a)):
+            if is_set:
+                return f"lora.{key}={written(is_set)} is for linear layers, and experts are one tensor a layer"
         if self.use_dora:
             return "lora.use_dora=true is defined for linear layers, and experts are one tensor a layer"
         if self.bias is not LoraBias.none:

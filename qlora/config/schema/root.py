@@ -37,7 +37,7 @@ from qlora.config.schema.manifest import ManifestConfig
 from qlora.config.schema.merge import MergeConfig
 from qlora.config.schema.model import ModelConfig
 from qlora.config.schema.plan import PlanConfig
-from qlora.config.schema.quantization import ExpertsBits, ExpertsOffload, QuantizationConfig
+from qlora.config.schema.quantization import BaseProducts, ExpertsBits, ExpertsOffload, QuantizationConfig
 from qlora.config.schema.serve import ServeConfig
 from qlora.config.schema.sweep import SweepConfig
 from qlora.config.schema.task import TASK_KEYS, TaskConfig, TaskName
@@ -135,6 +135,7 @@ class Config:
             self._check_memory()
             if self.trainer.parallel is Parallel.fsdp:
                 self._check_fsdp()
+            self._check_adapter_kind()
         self._check_offload()
         self._check_watchdog()
         self._check_loss()
@@ -247,6 +248,32 @@ class Config:
                 "trainer.memory_budget counts one GPU's memory, and model.device_map and model.max_memory spread the "
                 "base over several; leave the one or the others out"
             )
+
+    def _check_adapter_kind(self) -> None:
+        """Refuses what is made for LoRA beside an adapter of another kind, or with frozen A matrices."""
+        lora, is_average = self.lora, self.trainer.keep is Keep.average
+        if is_average and lora.enabled and lora.freeze_a:
+            raise ConfigError(
+                "trainer.keep=average and lora.freeze_a=true exclude each other: the mean of products is written by A "
+                "and B of each step, and A is in no step; leave one of them out"
+            )
+        if lora.other_kind is None:
+            return
+        reasons = {
+            "model.new_tokens": (bool(self.model.new_tokens), "their rows are trained beside LoRA"),
+            f"loss.name={self.loss.name}": (self.loss.head, "its head is saved beside LoRA"),
+            "trainer.keep=average": (is_average, "only products of LoRA have a mean that an adapter holds"),
+            "trainer.parallel=fsdp": (self.trainer.parallel is Parallel.fsdp, "sharded layers compute LoRA alone"),
+            "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts LoRA"),
+            "trainer.fused_linear=true": (self.trainer.fused_linear is True, "its kernels compute LoRA"),
+            "trainer.compile=true": (self.trainer.compile is True, "only layers with LoRA are compiled"),
+            "quantization.compute=fp8": (self.quantization.compute is BaseProducts.fp8, "its kernels compute LoRA"),
+        }
+        for name, (is_set, reason) in reasons.items():
+            if is_set:
+                raise ConfigError(
+                    f"lora.kind={lora.kind} and {name} exclude each other: {reason}; leave one of them out"
+                )
 
     def _check_offload(self) -> None:
         """Refuses to have experts wait in the host's memory where they cannot."""

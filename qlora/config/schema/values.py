@@ -11,6 +11,9 @@ MAPPINGS = {
     "trainer.optim_args": "{momentum: 0.9}",
     "trainer.lr_scheduler_kwargs": "{num_decay_steps: 100}",
     "loss.options": "{smoothing: 0.1}",
+    "lora.options": "{d_initial: 0.1}",
+    "lora.rank_pattern": "{down_proj: 16}",
+    "lora.alpha_pattern": "{down_proj: 32}",
     "serve.adapters": "{poet: outputs/runs/poet}",
     "model.architecture.options": "{linear_num_value_heads: 16}",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
+from qlora.upstream.peft import has_plain_lora
 
 
 class CompiledLayers(ConfiguredPart):
@@ -21,6 +22,8 @@ class CompiledLayers(ConfiguredPart):
         """Returns why there are no layers to compile."""
         if self.context.is_spread:
             return SPREAD
+        if not has_plain_lora(self.context.model):
+            return "the adapter is another kind than LoRA"
         if not self.context.layers:
             return f"{self.context.base.config.model_type} has no list of decoder layers"
         return None
