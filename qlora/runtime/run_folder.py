@@ -42,6 +42,10 @@ FREE_KEYS = (
 ADDED_KEYS: dict[str, Any] = {
     "loss.name": "sft",
     **{f"loss.{name}": None for name in LOSS_SETTINGS},
+    "head.name": "causal",
+    "head.labels": None,
+    "head.dtype": None,
+    "data.label": None,
     "trainer.step_parts": [],
     "quantization.method": "auto",
     "quantization.experts": "same",

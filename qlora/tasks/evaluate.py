@@ -40,7 +40,7 @@ def run(job: TaskJob) -> TaskResult:
     with session.tracking() as (tracker, metrics):
         base = Measurement()
         if isinstance(model, PeftModel) and job.config.evaluation.baseline and job.config.task.evaluate:
-            base = measure_untuned(session, model)
+            base = measure_untuned(session, model, label=session.baseline)
         metrics |= prefixed("base_eval_", base.metrics)
         measured = session.measure(model) if isinstance(model, PeftModel) else session.measure_base(model)
         metrics |= prefixed("eval_", measured.metrics)
