@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
-from qlora.config.registries.objectives import RowKind
+from qlora.config.registries.objectives import WHOLE_TEXTS, Head, RowKind
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import (
     Config,
@@ -39,7 +39,7 @@ from qlora.config.schema import (
 from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.schema.loss import may_share_prompts
 from qlora.config.training_length import TrainingLength, training_length
-from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCollator
+from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCollator, WholeTextsCollator
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
 from qlora.data.data_set import Questions
@@ -49,6 +49,7 @@ from qlora.data.pipeline import Data, build_data
 from qlora.data.used_tokens import first_used
 from qlora.errors import ConfigError, DataError, Pruned, Stopped
 from qlora.evaluation.answer_measures import AnswerMeasurer
+from qlora.evaluation.head_measures import HeadMeasurer
 from qlora.evaluation.measure import Measurement, Measurer, Suite, evaluation_mode
 from qlora.evaluation.metrics import find_metrics
 from qlora.evaluation.suites import build_suite, fit_answers
@@ -77,6 +78,7 @@ from qlora.models.tokenizer import (
 from qlora.models.weight_files import Checkpoint, Tensors, local_files
 from qlora.objectives import Objective, build_objective
 from qlora.objectives.answers import AnswerLoss
+from qlora.objectives.head_loss import HeadLoss
 from qlora.planning.waiting_experts import RunOnGpu, waiting_for_run
 from qlora.quantization.method import find_method
 from qlora.quantization.placement import find_placement
@@ -89,6 +91,7 @@ from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.trained import find_trained
 from qlora.step.reference import ReferenceWeights
 from qlora.step.shard import shard_base
+from qlora.text import listed
 from qlora.training.device_checks import check_checkpointing
 from qlora.training.keep import KeepRule
 from qlora.training.stopping import Stop
@@ -202,13 +205,20 @@ class Session:
         """Turns rows into padded tensors."""
         return Collator(self.pad_token_id)
 
-    def collator(self, width: int = 0) -> Collator | SharedPromptsCollator | SidesCollator:
+    def collator(self, width: int = 0) -> Collator | SharedPromptsCollator | SidesCollator | WholeTextsCollator:
         """Returns what makes batches of rows or packs to train on, each at least `width` tokens wide."""
         if (packed := self.data.packed) is not None:
             return Collator(self.pad_token_id, width=width, most_cells=(packed.most_cells or 0) if width else 0)
         if self.data.shares_prompts:
             return SharedPromptsCollator(self.pad_token_id)
+        if self.row_kind in WHOLE_TEXTS:
+            return self._whole_texts
         return Collator(self.pad_token_id, width=width) if self.row_kind is RowKind.tokens else self._sides
+
+    @property
+    def _whole_texts(self) -> WholeTextsCollator:
+        """Lays what a head is to say beside each text."""
+        return WholeTextsCollator(self.pad_token_id, self.head.labels)
 
     @property
     def _sides(self) -> SidesCollator:
@@ -263,7 +273,9 @@ class Session:
     @cached_property
     def objective(self) -> Objective:
         """What the training run minimises."""
-        return build_objective(self.config.loss, label_smoothing=self.config.trainer.label_smoothing_factor)
+        return build_objective(
+            self.config.loss, self.config.head, label_smoothing=self.config.trainer.label_smoothing_factor
+        )
 
     def _check_columns(self, rows: Dataset | None) -> None:
         """Raises `ConfigError` if the objective needs columns that tokenized rows do not have."""
@@ -297,10 +309,13 @@ class Session:
             seed=self.config.seed,
             dtype=self.placement.compute_dtype,
             compare=self._comparison(),
+            reads_tokens=self.row_kind not in WHOLE_TEXTS,
         )
 
     def _comparison(self) -> Callable[[torch.nn.Module], Measurement] | None:
-        """Returns what measures rows of preference; None: rows are those of a loss over tokens."""
+        """Returns what measures rows of preference or whole texts; None: rows are those of a loss over tokens."""
+        if self.head_measurer is not None:
+            return self.head_measurer.measure
         if self.row_kind is RowKind.tokens or not isinstance(self.objective, AnswerLoss):
             return None
         assert self.data.eval is not None
@@ -312,6 +327,72 @@ class Session:
             self.config.trainer.per_device_eval_batch_size,
             self.placement.device,
         ).measure
+
+    @cached_property
+    def head_measurer(self) -> HeadMeasurer | None:
+        """Measures what a head says of the held-out texts; None: rows are no whole texts."""
+        if not isinstance(self.objective, HeadLoss) or self.data.eval is None:
+            return None
+        self._check_classes(self.data.eval)
+        return HeadMeasurer(
+            self.data.eval,
+            self._whole_texts,
+            self.objective,
+            self.head.labels,
+            self.config.trainer.per_device_eval_batch_size,
+            self.placement.device,
+        )
+
+    @property
+    def baseline(self) -> str:
+        """What is measured beside what was trained."""
+        return self.objective.constant_name if isinstance(self.objective, HeadLoss) else "the untuned base"
+
+    @cached_property
+    def head(self) -> adapters.HeadLayout:
+        """What the outputs of the head are: by the rows to train on, else as it was saved with an adapter.
+
+        Raises a `UserError` for a class of rows that `head.labels` leaves out.
+        """
+        loss, folder = self.config.loss, None if self.needs.rows is Rows.all else self.trained[0]
+        if folder is not None and (saved := adapters.read_head(folder)) is not None:
+            return saved
+        if loss.is_preference:
+            return adapters.HeadLayout(Head.regress, 1, is_reward=True)
+        if self.needs.rows is not Rows.all or self.data.train is None:
+            raise DataError(
+                f"head={self.config.head.name.value} says nothing without an adapter, in which its head is saved; name "
+                "one with adapter=FOLDER, or train one"
+            )
+        if self.row_kind is RowKind.values:
+            return adapters.HeadLayout(Head.regress, len(self.data.train[0]["values"]))
+        labels = tuple(self.config.head.labels or self.data.labels)
+        for name in self.data.labels:
+            if name not in labels:
+                raise ConfigError(
+                    f"head.labels={listed(labels)} leaves out {name!r}, which rows to train on are labelled with; add "
+                    "it, or leave head.labels out"
+                )
+        return adapters.HeadLayout(Head.classify, len(labels), labels)
+
+    def _check_classes(self, rows: Dataset) -> None:
+        """Refuses a held-out text of a class that no row to train on has."""
+        if self.row_kind is RowKind.classes:
+            known = set(self.head.labels)
+            if unknown := [
+                (row, name) for row, name in zip(rows["row"], rows["label"], strict=True) if name not in known
+            ]:
+                row, name = unknown[0]
+                raise DataError(
+                    f"{self.config.data.name}: held-out row {row + 1} is labelled {name!r}, a class that is not one of "
+                    f"those trained ({listed(self.head.labels)}); add rows of it to train on, draw others to hold out "
+                    "with data.split_seed, or leave such rows out"
+                )
+        elif (count := len(rows[0]["values"])) != self.head.outputs:
+            raise DataError(
+                f"{self.config.data.name}: held-out rows hold {count} numbers, and the head says {self.head.outputs}; "
+                "name the columns that it was trained on with data.label"
+            )
 
     @property
     def reads_rows(self) -> bool:
@@ -512,7 +593,7 @@ class Session:
             tensors=self.tensors,
             new_token_ids=self.new_token_ids,
             batches=self._batches(),
-            head=self.config.loss.head,
+            head=self.head if self.config.loss.has_head else None,
         )
         if self.config.lora.init in adapters.REWRITES_BASE and distributed.is_main_process():
             adapters.save_initial_adapter(model, self.folder.path / "initial_adapter")
@@ -575,12 +656,12 @@ class Session:
             return model
         if full is None:
             base = self.load_base()
-            if self.config.loss.head:
-                adapters.attach_head(base)
+            if self.config.loss.has_head:
+                adapters.attach_head(base, self.head.outputs)
             if self._compares_rows:
                 self.reference = contextlib.nullcontext  # the base is its own reference
             return base
-        if self._compares_rows or self.config.loss.head:
+        if self._compares_rows or self.config.loss.has_head:
             raise DataError(
                 f"adapter={full} is a whole model, and loss={self.config.loss.name} is measured with an adapter on its "
                 "base; choose loss=sft, or name the adapter"
@@ -591,19 +672,22 @@ class Session:
     @property
     def _compares_rows(self) -> bool:
         """Whether rows of preference are measured against a reference."""
-        return self.reads_rows and self.row_kind is not RowKind.tokens and self.config.loss.compares
+        return self.reads_rows and self.config.loss.is_preference and self.config.loss.compares
 
     def _check_head(self, adapter: Path) -> None:
-        """Refuses a reward model where texts are to be written, and a language model where they are to be scored."""
-        task, is_scored = self.config.task.name, adapters.is_reward_model(adapter)
-        if is_scored and task not in (TaskName.train, TaskName.evaluate, TaskName.predict):
+        """Refuses a head where texts are to be written, and a language model where something is to be said of them."""
+        task, saved, loss = self.config.task.name, adapters.read_head(adapter), self.config.loss
+        if saved is not None and task not in (TaskName.train, TaskName.evaluate, TaskName.predict):
+            written = "the rewards of pairs" if saved.is_reward else "what it says of held-out texts"
             raise DataError(
-                f"adapter={adapter} is a reward model: it scores texts and answers nothing; task={task.value} needs a "
-                "language model, and task=predict writes the rewards of pairs"
+                f"adapter={adapter} is a {saved.kind}: it scores texts and answers nothing; task={task.value} needs a "
+                f"language model, and task=predict writes {written}"
             )
-        if is_scored is not self.config.loss.head:
-            is_one, way_out = ("is a", "add loss=reward") if is_scored else ("is no", "leave loss=reward out")
-            raise DataError(f"adapter={adapter} {is_one} reward model; {way_out}, or name another adapter")
+        if saved is not None and saved.name is not loss.head:
+            raise DataError(f"adapter={adapter} is a {saved.kind}; add {saved.setting}, or name another adapter")
+        if saved is None and loss.has_head:
+            kind, setting = ("reward model", "loss=reward") if loss.is_preference else ("model with a head", "head")
+            raise DataError(f"adapter={adapter} is no {kind}; leave {setting} out, or name another adapter")
 
     @cached_property
     def base(self) -> Base:
@@ -705,7 +789,12 @@ class Session:
             return self.suite.measure(model)
 
     def measure_base(self, model: PreTrainedModel | PeftModel) -> Measurement:
-        """Measures a model without an adapter; raises `UserError` if its loss is NaN or infinite."""
+        """Measures a model without an adapter, of which a head says the same of all texts.
+
+        Raises `UserError` if its loss is NaN or infinite.
+        """
+        if self.head_measurer is not None:
+            return self.in_main_process(self.head_measurer.measure_constant)
         measured = self.measure(model)
         if not math.isfinite(measured.metrics.get("loss", 0.0)):
             base = base_of(model) if isinstance(model, PeftModel) else model
@@ -729,14 +818,21 @@ class Session:
         tracker.log_predictions(measured.predictions[:printed], step=step)
         if is_of_answers:
             measured |= self._count_wins(measured)
-        names = ["loss", "perplexity", *self.config.loss.measured, *([kept] if is_of_answers else [])]
+        tokens = ["perplexity"] if self.measurer.reads_tokens else []
+        names = ["loss", *tokens, *self.config.loss.measured, *([kept] if is_of_answers else [])]
         metrics = {name: measured.metrics[name] for name in names}
         if self.suite is not None and self.suite.at_each_evaluation:
             metrics |= self._measure_suite(model).metrics
         return metrics
 
+    def write_head(self, folder: Path, model: PeftModel) -> None:
+        """Writes beside an adapter what its head says, if it has one."""
+        if self.config.loss.has_head:
+            adapters.write_head(self.head, base_of(model), folder, pad_token_id=self.pad_token_id)
+
     def finish_adapter(self, folder: Path, model: torch.nn.Module) -> None:
         """Completes the adapter of a checkpoint with its base, and checks what was written."""
         if isinstance(model, PeftModel):
             write_base(self.base, folder)
+            self.write_head(folder, model)
         adapters.verify_adapter(folder, model)

@@ -41,7 +41,9 @@ def higher_is_better(name: str) -> bool:
     """Returns whether a larger value of a metric is the better one: shares, scores and speed, not losses or times."""
     if name.endswith("data_wait"):
         return False
-    return is_share(name) or bool(re.search(r"accuracy|match|_acc|margin|f1|rouge|bleu|meteor|per_second", name))
+    return is_share(name) or bool(
+        re.search(r"accuracy|match|_acc|margin|f1|rouge|bleu|meteor|pearson|spearman|ndcg|mrr|per_second", name)
+    )
 
 
 def is_detail(name: str) -> bool:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from qlora.adapters.biases import copy_biases, keep_biases
 from qlora.adapters.experts import attach_experts, set_dropout
-from qlora.adapters.head import attach_head, start_head
+from qlora.adapters.head import HeadLayout, attach_head, start_head
 from qlora.adapters.kinds import add_other_kind
 from qlora.adapters.loftq import correct_quantization, original_weights
 from qlora.adapters.per_expert import check_per_expert
@@ -49,11 +49,11 @@ def add_lora(
     tensors: Callable[[], Tensors],
     new_token_ids: list[int],
     batches: Iterable[dict[str, torch.Tensor]],
-    head: bool = False,
+    head: HeadLayout | None = None,
 ) -> PeftModel:
     """Attaches a fresh adapter; its weights come from torch's current seed and are stored in `config.dtype`.
 
-    With `head` a reward head is trained and saved with it. `tensors` opens the 16-bit weights (read by LoftQ),
+    With `head` one is trained and saved with it. `tensors` opens the 16-bit weights (read by LoftQ),
     `batches` yields training batches (read by EVA).
     Raises `ConfigError` for targets that match nothing.
     """
@@ -64,7 +64,7 @@ def add_lora(
     bias: Any = config.bias.value
     alphas: Any = targets.alphas(config)
     if head:
-        attach_head(model)
+        attach_head(model, head.outputs)
     peft_config = PeftLoraConfig(
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
         r=config.r,

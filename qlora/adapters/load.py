@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.adapters.adapter_files import ADAPTER_CONFIG, check_adapter_folder, open_adapter
 from qlora.adapters.biases import copy_biases, keep_biases
 from qlora.adapters.create import complete_adapter, freeze_a, store_in
-from qlora.adapters.head import attach_head, has_head
+from qlora.adapters.head import attach_head, read_head
 from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import return_taken
 from qlora.config.schema import LoraConfig
@@ -54,8 +54,9 @@ def load_adapter(
 
     With `dropout` it is to be trained. Raises `DataError` for one of another base and for one with gaps.
     """
-    if has_head(check_adapter_folder(folder, key).get("modules_to_save")):
-        attach_head(model)
+    check_adapter_folder(folder, key)
+    if (head := read_head(folder, key)) is not None:
+        attach_head(model, head.outputs)
     settings = check_fit(model, folder, base_name, key)
     biases = copy_biases(model) if settings.get("bias", "none") != "none" else None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,12 +29,14 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     initial: Path | None = None,
     base: Base | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Saves the adapter for plain PEFT on the unchanged base, with its tokenizer, and checks what was written.
 
     `initial` (PiSSA, OLoRA) is the folder of the initial weights; the saved adapter is the difference, of both ranks
     together.
-    `base` is written beside the adapter, which is then used on that base alone.
+    `base` is written beside the adapter, which is then used on that base alone; `finish` writes what else belongs
+    there.
     """
 
     def write(partial: Path) -> None:
@@ -42,6 +45,8 @@ def save_adapter(
         save_tokenizer(tokenizer, partial)
         if base is not None:
             write_base(base, partial)
+        if finish is not None:
+            finish(partial)
         verify_adapter(partial, model)
         if initial is not None:
             _subtract_initial(partial, initial)

@@ -15,13 +15,14 @@ LENGTHS = ("max_steps", "num_train_epochs")
 """The fields of `trainer` that say how long to train, of which one is set."""
 
 
-DECIDING = ("data", "model")
+DECIDING = ("data", "head", "model")
 """The groups whose options decide those of others."""
 
 
 def register() -> None:
     """Registers the functions of `${qlora.NAME:...}` that our options call; may be called many times."""
     OmegaConf.register_new_resolver("qlora.by_data", _by_data, replace=True)
+    OmegaConf.register_new_resolver("qlora.by_head", _by_head, replace=True)
     OmegaConf.register_new_resolver("qlora.recipe", _recipe, replace=True)
     OmegaConf.register_new_resolver("qlora.default", _default, replace=True)
 
@@ -33,7 +34,7 @@ def default_options() -> dict[str, str]:
 
 
 def default_options_beside(choices: Mapping[str, Any]) -> dict[str, str]:
-    """Returns which option of each group `config.yaml` chooses beside these options of `data` and `model`."""
+    """Returns which option of each group `config.yaml` chooses beside these options of `DECIDING`."""
     register()
     chosen: dict[str, str] = {}
     for entry in OmegaConf.load(CONF_DIR / "config.yaml").defaults:
@@ -55,6 +56,11 @@ def settle(composed: DictConfig) -> None:
 def _by_data(option: str, local: str, other: str) -> str:
     """Returns what is chosen for the user's own rows, or for a data set of ours."""
     return local if is_own_data(option) else other
+
+
+def _by_head(option: str) -> str:
+    """Returns the loss of a head: that of its name."""
+    return option if option in option_names("loss") else "sft"
 
 
 def _recipe(model: str, data: str) -> str:

@@ -28,7 +28,7 @@ from qlora.config.secret_values import leaves, refuse_secrets
 from qlora.errors import ConfigError, UserError
 
 CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
-GROUPS = ("model", "quantization", "lora", "data", "trainer", "loss", "evaluation", "generation")
+GROUPS = ("model", "quantization", "lora", "data", "trainer", "loss", "head", "evaluation", "generation")
 """The groups that describe what was trained and how it was measured."""
 SETTINGS = ("seed", *GROUPS)
 """All that is taken of a run."""

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 import transformers
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qlora.config.registries.objectives import RowKind
+from qlora.config.registries.objectives import WHOLE_TEXTS, RowKind
 from qlora.config.schema import DataConfig, MixConfig, OnEmpty
 from qlora.config.schema.data import MOST_HELD_OUT
 from qlora.data.batching.row_encoder import build_encoder
@@ -154,6 +154,8 @@ class RowSet:
                 reformulations=self.config.reformulations,
                 kind=self.kind,
                 pairs=self.config.pairs,
+                label=self.config.label_columns,
+                class_names=class_names(rows),
             )
         except UserError:
             if asking is None:
@@ -359,6 +361,7 @@ class RowSet:
             "questions": job.questions,
             "kind": job.kind.value,
             "pairs": self.config.pairs.value,
+            "label": [self.config.label_columns, class_names(job.rows)] if self.kind in WHOLE_TEXTS else None,
             "code": _code_digest(),
         }
         return f"tokens-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"
@@ -398,6 +401,11 @@ def _check_labels(rows: Dataset, labels: Sequence[str], label: str) -> None:
                 f"{label}, row {missing[0]}: column {column} holds no label, which {len(rows) - len(missing)} of "
                 f"{len(rows)} rows have; label such rows true or false, or take them or the column out"
             )
+
+
+def class_names(rows: Dataset) -> dict[str, list[str]]:
+    """Returns the names of the classes of the columns that hold their numbers (`ClassLabel`)."""
+    return {column: list(kind.names) for column, kind in rows.features.items() if isinstance(kind, ClassLabel)}
 
 
 def _sample(rows: Dataset) -> list[dict[str, Any]]:

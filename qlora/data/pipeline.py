@@ -20,8 +20,9 @@ from qlora.data.cache import Cache
 from qlora.data.chat.chat_mask import ChatWriter
 from qlora.data.chat.templates import Template
 from qlora.data.data_report import DataReport, build_report, log_losses, warn_of_lost_texts
-from qlora.data.data_set import Part, Questions, RowSet
+from qlora.data.data_set import Part, Questions, RowSet, class_names
 from qlora.data.formats.scores import NAME as SCORED
+from qlora.data.formats.whole_texts import sort_labels
 from qlora.data.lost_characters import LostCharacters
 from qlora.errors import ConfigError, DataError
 from qlora.text import listed
@@ -69,6 +70,8 @@ class Data:
     """What the tokenizer does not keep of the rows to train on."""
     shares_prompts: bool = False
     """Whether the answers of a pair share their prompt, whose tokens then count once in lengths and packs."""
+    labels: tuple[str, ...] = ()
+    """The classes of the rows to train on, in order, where rows are texts with one."""
 
     @property
     def items(self) -> Dataset | PackedRows:
@@ -152,6 +155,9 @@ def build_data(
         evaluated = evaluated.select(few)
     if train is not None and kind is RowKind.labelled:
         _check_both_labels(sets, train)
+    labels = _classes(sets, train) if train is not None and kind is RowKind.classes else ()
+    if kind is RowKind.values:
+        _check_numbers([rows for rows in (train, evaluated) if rows is not None])
     packed, fraction = _pack(config, train, shares_prompts=shares_prompts)
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
@@ -163,7 +169,7 @@ def build_data(
     template = next((part.template for part in used if part.template), used[0].chat_template)
     end_id = ChatWriter(tokenizer, template).end_id
     lost = next(filter(None, (part.find_lost() for part in sets)), None) if need_train else None
-    return Data(train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts)
+    return Data(train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts, labels)
 
 
 def row_sets(
@@ -212,6 +218,29 @@ def _check_both_labels(sets: Sequence[RowSet], train: Dataset) -> None:
             f"{sets[0].part.label}: all {len(train):,} answers to train on are labelled {kind}, and this loss learns "
             "from good ones against bad ones; add rows with the other label, or choose loss=sft"
         )
+
+
+def _classes(sets: Sequence[RowSet], train: Dataset) -> tuple[str, ...]:
+    """Returns the classes of the rows to train on, in order; refuses a single one, from which nothing is learned."""
+    named = [name for part in sets for names in class_names(part.rows).values() for name in names]
+    labels = sort_labels(train.unique("label"), list(dict.fromkeys(named)))
+    if len(labels) < 2:
+        raise DataError(
+            f"{sets[0].part.label}: all {len(train):,} rows to train on are labelled {labels[0]!r}, and a head learns "
+            "to tell classes apart; add rows of another class, or name another column with data.label=COLUMN"
+        )
+    return tuple(labels)
+
+
+def _check_numbers(parts: Sequence[Dataset]) -> None:
+    """Refuses rows with more or fewer numbers than the first one."""
+    counts = [len(values) for rows in parts for values in rows.select_columns("values")["values"]]
+    for index, count in enumerate(counts):
+        if count != counts[0]:
+            raise DataError(
+                f"a row holds {count} numbers and the first one {counts[0]} (number {index + 1} of the rows to train "
+                "and to measure on): each text needs the same numbers; name their columns with data.label=[A,B]"
+            )
 
 
 def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel, set_seed
 
 from qlora import adapters
+from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import ArchitectureConfig, Config, LoraInit, Weights
 from qlora.experts.layout import find_experts
 from qlora.models import loading
@@ -20,6 +21,8 @@ from qlora.models.random_weights import RandomWeights
 from qlora.models.tokenizer import load_tokenizer
 from qlora.objectives import build_objective
 from qlora.objectives.answers import AnswerLoss
+from qlora.objectives.head_loss import HeadLoss
+from qlora.objectives.protocol import TRUTH
 from qlora.quantization.method import find_method, method_of
 from qlora.runtime.device import Placement
 from qlora.step.fast_step import FastStep
@@ -94,7 +97,7 @@ def try_layer(config: Config, architecture: ArchitectureConfig, placement: Place
         rounding = _rounding(base, weights)
     model = _with_adapter(config, base)
     base.config.use_cache = False  # as the trainer has it
-    objective = build_objective(config.loss)
+    objective = build_objective(config.loss, config.head)
     reference = None
     if isinstance(objective, AnswerLoss) and objective.compares and isinstance(model, PeftModel):
         reference = adapters.reference_at_start(model, is_base=False)
@@ -152,7 +155,15 @@ def _with_adapter(config: Config, base: PreTrainedModel) -> PreTrainedModel | Pe
     if not config.lora.enabled:
         return base.requires_grad_(True)
     lora = replace(config.lora, init=LoraInit.default, dropout=0.0)
-    return adapters.add_lora(lora, base, tensors=_no_tensors, new_token_ids=[], batches=(), head=config.loss.head)
+    return adapters.add_lora(lora, base, tensors=_no_tensors, new_token_ids=[], batches=(), head=_head(config))
+
+
+def _head(config: Config) -> adapters.HeadLayout | None:
+    """Returns a head as the config's, with as many outputs as it names, or two."""
+    if not config.loss.has_head:
+        return None
+    count = 1 if config.loss.is_preference else len(config.head.labels or ()) or 2
+    return adapters.HeadLayout(config.loss.head, count)
 
 
 def _no_tensors() -> RandomWeights:
@@ -180,6 +191,9 @@ def _batch(ids: Tensor, objective: Any) -> dict[str, Tensor]:
         batch = dict.fromkeys(batch, torch.stack([ids, torch.cat([ids[:, :2], ids[:, 2:] + 1], 1)], 1))
         if "desirable" in objective.columns:
             batch["desirable"] = torch.arange(len(ids), device=ids.device) % 2 == 0
+    elif isinstance(objective, HeadLoss):
+        truth = torch.arange(len(ids), device=ids.device) % 2
+        batch[TRUTH] = truth if objective.rows is RowKind.classes else torch.stack([truth, 1 - truth], 1).float()
     return batch
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
 
+from qlora.evaluation.head_measures import PlainPasses
 from qlora.evaluation.measure import Measurement
 from qlora.evaluation.row_loss import Collate
 from qlora.evaluation.statistics import Score
@@ -20,8 +19,6 @@ from qlora.objectives.answers import AnswerLoss, Answers
 from qlora.objectives.protocol import IGNORED
 from qlora.objectives.reward import RewardModel, rewarded
 from qlora.runtime import console
-from qlora.step.forward_passes import rewards_of
-from qlora.upstream.peft import base_of
 
 Reference = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -88,17 +85,10 @@ class AnswerMeasurer:
 
     def _measure_rewards(self, model: torch.nn.Module, batch: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         texts = {name: value.flatten(0, 1) for name, value in batch.items()}
-        answers = rewarded(text_rewards(model, texts).view(labels.shape[:2]), labels)
+        assert isinstance(self.loss, RewardModel)
+        rewards = self.loss.text_rewards(texts, PlainPasses(model))
+        answers = rewarded(rewards.view(labels.shape[:2]), labels)
         return {"preference_loss": self.loss.losses(answers), **self.loss.measures(answers), **_lengths(answers.tokens)}
-
-
-def text_rewards(model: torch.nn.Module, texts: dict[str, Tensor]) -> Tensor:
-    """Returns the rewards of texts by a model with a reward head, float32 [rows]."""
-    base = base_of(model) if isinstance(model, PeftModel) else model
-    body: Any = base.base_model
-    hidden = body(**texts, use_cache=False).last_hidden_state
-    last = texts["attention_mask"].sum(1) - 1
-    return rewards_of(base, hidden[torch.arange(len(last), device=hidden.device), last])
 
 
 def _lengths(tokens: Tensor) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from qlora.evaluation.generation import (
 )
 from qlora.evaluation.metrics import Metric
 from qlora.evaluation.row_loss import Collate, measure_loss
+from qlora.evaluation.row_statistics import RowStatistic
 from qlora.evaluation.statistics import Estimate, Score
 from qlora.generation.answering import Slots, answer_batches
 from qlora.runtime import console
@@ -39,7 +40,7 @@ class Measurement:
     """What was measured, by plain names such as `loss` and `exact_match`."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, Score] = field(default_factory=dict)
+    scores: dict[str, Score | RowStatistic] = field(default_factory=dict)
     """What each item earned, of the metrics that are means over items: for intervals and paired differences."""
     predictions: list[dict[str, Any]] = field(default_factory=list)
     """The answers behind the metrics, as `Measurer.predict` returns them."""
@@ -61,7 +62,7 @@ class Measurement:
     def gains(self, base: Measurement) -> dict[str, Estimate]:
         """Returns the paired difference to `base` of every mean over items that both measured."""
         return {
-            name: score.gain(base.scores[name])
+            name: score.gain(base.scores[name])  # type: ignore[arg-type] # of one name, so of one kind
             for name, score in self.scores.items()
             if name in base.scores and len(base.scores[name].values) == len(score.values)
         }
@@ -73,7 +74,11 @@ class Measurement:
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Measurement:
         """Returns the measurement that `to_dict` wrote."""
-        return cls(saved["metrics"], {name: Score.from_dict(score) for name, score in saved["scores"].items()})
+        return cls(saved["metrics"], {name: _read_score(score) for name, score in saved["scores"].items()})
+
+
+def _read_score(saved: dict[str, Any]) -> Score | RowStatistic:
+    return RowStatistic.from_dict(saved) if "statistic" in saved else Score.from_dict(saved)
 
 
 class Suite(Protocol):
@@ -117,6 +122,8 @@ class Measurer:
     """What the model computes in."""
     compare: Callable[[torch.nn.Module], Measurement] | None = None
     """Measures what a loss over answers asks for besides; None: the loss is one over tokens."""
+    reads_tokens: bool = True
+    """Whether the next tokens of rows are measured; not those of whole texts, which `compare` measures alone."""
 
     def measure(self, model: torch.nn.Module, *, answers: int | None) -> Measurement:
         """Returns loss and perplexity of all rows, what the training objective compares in them, and the metrics of
@@ -125,16 +132,18 @@ class Measurer:
         `answers=None` answers all rows, 0 none.
         """
         with evaluation_mode(model), self.autocast():
-            metrics = measure_loss(
-                model, self._good_rows, collate=self.collate, batch_size=self.batch_size, device=self.device
-            )
-            measured = Measurement(metrics)
+            measured = Measurement(self._measure_tokens(model) if self.reads_tokens else {})
             if self.compare is not None:
                 measured |= self.compare(model)
         if answers == 0:
             return measured
         predictions = self.predict(model, answers)
         return measured | Measurement(predictions=predictions) | self.score(predictions)
+
+    def _measure_tokens(self, model: torch.nn.Module) -> dict[str, float]:
+        return measure_loss(
+            model, self._good_rows, collate=self.collate, batch_size=self.batch_size, device=self.device
+        )
 
     def predict(self, model: torch.nn.Module, count: int | None) -> list[dict[str, Any]]:
         """Returns a record for each of the first `count` rows, or of all (None), in their order."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import LossConfig
 from qlora.objectives.protocol import IGNORED, TokenWork, entropy_bytes
+from qlora.objectives.row_loss import RowLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,24 +55,20 @@ class Answers:
         return (self.tokens > 0).all(1)
 
 
-class AnswerLoss:
+class AnswerLoss(RowLoss):
     """An objective over the answers of rows; a loss of its own writes `losses` and `rewards`."""
 
     rows = RowKind.pairs
     columns: tuple[str, ...] = ("input_ids", "labels", "answer_start", "rejected_ids", "rejected_labels")
-    is_model_loss = False
     takes_transform = True
     """Whether it computes what an architecture does to its logits: scales and caps."""
     reads_prompt = False
     """Whether the likelihood term counts the tokens of the prompt, too."""
-    is_separable = True
-    """Whether each row has a loss of its own, so that a micro-batch may be cut where memory runs out."""
     graded_sides: int | None = None
     """How many sides, the first ones, the gradient follows; None: all."""
 
     def __init__(self, config: LossConfig) -> None:
-        self.config = config
-        self._sums: dict[str, Tensor] = {}
+        super().__init__(config)
         self._chunk_losses: Any = None
 
     @property
@@ -133,15 +130,8 @@ class AnswerLoss:
         if weight := self.likelihood_weight:
             total = total - weight * torch.where(counts, answers.text_log_probs[:, CHOSEN], 0).sum() / count[1]
         with torch.no_grad():
-            self._note(answers, counts)
+            self.note(self.measures(answers), counts)
         return total
-
-    def _note(self, answers: Answers, counts: Tensor) -> None:
-        import torch
-
-        for name, values in self.measures(answers).items():
-            amount = torch.stack([torch.where(counts, values, 0).sum().double(), counts.sum().double()])
-            self._sums[name] = self._sums[name] + amount if name in self._sums else amount
 
     def measures(self, answers: Answers) -> dict[str, Tensor]:
         """Returns what is logged and measured of each row beside its loss, by name: float [rows].
@@ -153,10 +143,6 @@ class AnswerLoss:
         return {"reward_accuracy": (margin.sign() + 1) / 2, "reward_margin": margin}
 
     # What every objective answers
-
-    def labels(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns the labels that the data pipeline has set."""
-        return batch["labels"]
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Returns the rows that count and the tokens of the likelihood term of each row of a batch, float [rows, 2].
@@ -200,11 +186,6 @@ class AnswerLoss:
 
         chunk_losses = partial(entropies_and_gradient, scale=scale, cap=cap)
         self._chunk_losses = torch.compile(chunk_losses) if compiled else chunk_losses
-
-    def metrics(self) -> dict[str, float]:
-        """Returns the means of what was noted since the last call, over the rows of this process."""
-        sums, self._sums = self._sums, {}
-        return {name: float(total / rows.clamp(min=1)) for name, (total, rows) in sums.items()}
 
     def activation_bytes(self, work: TokenWork) -> tuple[float, float]:
         """Returns the bytes of a cross entropy: the log-probabilities are computed as one."""

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that has no loss."""
+TRUTH = "truth"
+"""The column of a batch with what a head is to say of each row."""
 HEAD = "score"
-"""The name of a reward head in the model, as in transformers' models for sequence classification."""
+"""The name of a head in the model, as in transformers' models for sequence classification."""
 SHARED_ROWS = ("token_of", "first_cell", "second_cell")
 """The columns of a batch of pairs whose answers share their prompt; `qlora.data.batching.shared_prompts` makes them."""
 REFERENCE = "reference_log_probs"

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from qlora.config.registries.objectives import Head
 from qlora.config.schema import ComputeDtype, Config, DataConfig, LoraInit, TrainerConfig, Weights
 from qlora.config.schema.adapter_kind import describe_adapter, describe_choice
 from qlora.quantization.method import find_method
@@ -20,6 +21,10 @@ from qlora.runtime.atomic_files import write_text
 from qlora.text import format_metric, format_range, is_detail, plural, quoted
 
 DTYPES = {ComputeDtype.bf16: "bfloat16", ComputeDtype.fp16: "float16", ComputeDtype.fp32: "float32"}
+HEADS = {Head.classify: "A classifier of texts", Head.regress: "A regression of texts"}
+HEAD_BASELINES = {Head.classify: "most frequent class", Head.regress: "mean"}
+"""What is measured in place of the untuned base."""
+LOSSES = {Head.classify: "the cross entropy in nats", Head.regress: "the mean squared error"}
 SEEN = "seen from the folder of this card"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Licences that the hub knows by an id of its own; others are declared as `other`.
@@ -101,7 +106,7 @@ def _front_matter(config: Config, base_model: str, license: str | None) -> str:
         if HUB_ID.fullmatch(base_model) and config.model.weights is Weights.pretrained
         else None,
         "library_name": "peft" if config.lora.enabled else "transformers",
-        "pipeline_tag": "text-classification" if config.loss.head else "text-generation",
+        "pipeline_tag": "text-classification" if config.loss.has_head else "text-generation",
         "license": license_id if known else "other" if license_id else None,
         "license_name": re.sub(r"[^a-z0-9.]+", "-", license_id).strip("-") if license_id and not known else None,
         "datasets": [data_id] if HUB_ID.fullmatch(data_id) and not Path(data_id).exists() else None,
@@ -124,7 +129,8 @@ def _introduction(config: Config, base_model: str, unquantized: str | None) -> s
     data = f"trained on {markdown_code(config.data.name)}{path}{by}"
     if config.lora.enabled:
         precision = _base_precision(config, unquantized)
-        what = "A reward model: a LoRA adapter and a head" if config.loss.head else "A LoRA adapter"
+        named = "A reward model" if config.loss.is_preference else HEADS.get(config.loss.head, "")
+        what = f"{named}: a LoRA adapter and a head" if config.loss.has_head else "A LoRA adapter"
         return f"{what} for {link}, {data} with the base weights frozen in {precision}."
     return f"All weights of {link}, {data}."
 
@@ -145,16 +151,15 @@ def _results(config: Config, result: dict[str, Any]) -> str:
         interval = intervals.get(f"eval_{name}")
         certain = format_range(name, *interval) if interval else ""
         rows.append((name.replace("_", " "), *(format_metric(name, value) for value in values), certain))
-    head: tuple[str, ...] = (
-        "held-out metric",
-        previous_model(config.loss.name, config.lora.start),
-        "this model",
-        "95 % interval",
-    )
+    is_of_texts = config.loss.reads_whole_texts
+    before = HEAD_BASELINES.get(config.loss.head) if is_of_texts else None
+    previous = before or previous_model(config.loss.name, config.lora.start)
+    head: tuple[str, ...] = ("held-out metric", previous, "this model", "95 % interval")
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     table = markdown_table(head, rows)
-    note = f"Measured on held-out rows of {markdown_code(config.data.name)}; the loss is in nats per answer token."
+    unit = LOSSES.get(config.loss.head, "") if config.loss.reads_whole_texts else "in nats per answer token"
+    note = f"Measured on held-out rows of {markdown_code(config.data.name)}; the loss is {unit}."
     return f"{table}\n\n{note}"
 
 
@@ -176,8 +181,13 @@ def _use(
     """Returns Python that loads the model with transformers and PEFT alone, quantized as in training."""
     dtype, method = f"torch.{_dtype(config, compute_dtype)}", find_method(config.quantization)
     adapter = _relative(paths.get("adapter" if config.lora.enabled else "model"), folder)
-    kind = "AutoModelForSequenceClassification" if config.loss.head else "AutoModelForCausalLM"
-    names = [kind, "AutoTokenizer", *([method.library_class] if method.library_class else [])]
+    kind = "AutoModelForSequenceClassification" if config.loss.has_head else "AutoModelForCausalLM"
+    names = [
+        *(["AutoConfig"] if config.loss.reads_whole_texts else []),
+        kind,
+        "AutoTokenizer",
+        *([method.library_class] if method.library_class else []),
+    ]
     embedded = config.lora.enabled and base == "tiny"
     lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
     lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
@@ -188,7 +198,8 @@ def _use(
     ]
     lines += [f"folder = {_literal(adapter)}  # {SEEN}"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    options = f'{"num_labels=1, " if config.loss.head else ""}dtype={dtype}, device_map="auto"'
+    labels = "config=AutoConfig.from_pretrained(folder), " if config.loss.reads_whole_texts else "num_labels=1, "
+    options = f'{labels if config.loss.has_head else ""}dtype={dtype}, device_map="auto"'
     if method.library_class:
         arguments = method.library_arguments(config.quantization, dtype)
         lines += [f"quantization = {method.library_class}(", *(f"    {argument}," for argument in arguments), ")"]
@@ -205,9 +216,15 @@ def _use(
         lines += [f"model = AutoModelForCausalLM.from_pretrained(folder, {options}).eval()"]
     text = repr(prompt) if prompt is not None else '"..."  # in the form of the training rows'
     lines += ["", f"prompt = {text}", 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)']
-    if config.loss.head:
-        lines[-2] = f"text = {text}  # and an answer behind it"
+    if config.loss.has_head:
+        lines[-2] = f"text = {text}" + ("  # and an answer behind it" if config.loss.is_preference else "")
         lines[-1] = lines[-1].replace("prompt", "text")
+        if config.loss.head is Head.classify:
+            said = "print(model.config.id2label[int(model(**inputs).logits.argmax())])"
+            return markdown_block("\n".join([*lines, said]), "python")
+        if config.loss.reads_whole_texts:
+            said = "print(model(**inputs).logits[0].tolist())"
+            return markdown_block("\n".join([*lines, said]), "python")
         return markdown_block("\n".join([*lines, "print(float(model(**inputs).logits))  # the reward"]), "python")
     lines += [f"output = model.generate(**inputs, max_new_tokens={config.generation.new_tokens})"]
     lines += ['print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']

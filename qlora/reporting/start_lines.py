@@ -49,10 +49,12 @@ def training_lines(
     length: TrainingLength,
     keeps: str,
     limit: str,
+    head: str = "",
 ) -> dict[str, str]:
     """Returns the lines on what is trained, on which rows, in which steps, and what is kept of it.
 
-    `left_out` names the layers that `lora.target_modules=all-linear` gives no adapter, `limit` how long a row may be.
+    `left_out` names the layers that `lora.target_modules=all-linear` gives no adapter, `limit` how long a row may be,
+    `head` what the head says; empty: there is none.
     """
     lora, trainer, processes = config.lora, config.trainer, distributed.world_size()
     adapter = describe_adapter(lora) if lora.enabled else "all weights"
@@ -66,6 +68,7 @@ def training_lines(
         **({"template": report.template} if report.template else {}),
         **({"packing": f"{plural(report.packs, 'pack')}, {full} full"} if report.packs else {}),
         "training": f"{adapter}: {count}",
+        **({"head": head} if head else {}),
         **({"left out": left_out} if left_out else {}),
         "batch": f"{trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} accumulated x "
         f"{processes} process{'es' if processes > 1 else ''} = {rows_a_step} {unit} a step",

@@ -64,12 +64,13 @@ def next_commands(
     *,
     options: Sequence[str] = (),
     left_out: Sequence[str] = (),
+    writes: bool = True,
 ) -> list[str]:
     """Returns the commands that come after `task`, for what `adapter`, or else the run's folder, holds.
 
     A run's own config says the rest but whom to trust. Where there is none, the overrides that name the base are
     repeated, except those that begin with one of `left_out`, with the `options` by which the user's own files are
-    found.
+    found. Where the model `writes` no text, no command is one that lets it.
     """
     name = adapter if adapter == "none" else short_path(adapter or folder)
     args = [name if SHORT.fullmatch(name) else f"adapter={quoted(name)}"]
@@ -81,6 +82,9 @@ def next_commands(
         args += options
     merges = name != "none" and find_adapter(Path(name).expanduser())[0] is not None
     following = [use for use in NEXT[task] if use != "merge" or merges]
+    if not writes:
+        following = ["predict" if use == "chat" else use for use in following if use != "merge"]
+        following = list(dict.fromkeys(use for use in following if use != task))
     return [shlex.join([*program_name(), use, *(args if use != "board" else [])]) for use in following]
 
 

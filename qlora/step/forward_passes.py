@@ -18,14 +18,21 @@ from qlora.step.parts.loss import FusedLoss
 from qlora.step.reference import ReferenceWeights
 
 HEAD = "score"
-"""The name of a reward head in the model."""
+"""The name of a head in the model."""
 
 
-def rewards_of(base: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """Returns the rewards of the hidden states of last tokens, float32 [rows], for `hidden` [rows, width]."""
+def outputs_of_head(base: torch.nn.Module, hidden: Tensor, *, bf16: bool = False) -> Tensor:
+    """Returns what the head of a model makes of hidden states [..., width], float32 [..., outputs].
+
+    It multiplies in 32 bits, or in 16 as plain models of that precision do; its weights have 32.
+    """
+    head = base.get_submodule(HEAD)
+    if bf16:
+        with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
+            outputs: Tensor = head(hidden.bfloat16())
+        return outputs.float()
     with torch.autocast(hidden.device.type, enabled=False):
-        rewards: Tensor = base.get_submodule(HEAD)(hidden.float())
-    return rewards[:, 0]
+        return head(hidden.float())  # type: ignore[no-any-return]
 
 
 class ForwardPasses:
@@ -69,11 +76,11 @@ class ForwardPasses:
         batch = self._laid_out(batch)
         return _in_cells(hidden_states(self.base, batch), batch)
 
-    def rewards(self, batch: dict[str, Any], last: Tensor) -> Tensor:
-        """Returns what the reward head makes of the tokens `last` int64 [rows, ends], float32 [rows, ends]."""
+    def head_outputs(self, batch: dict[str, Any], last: Tensor, *, bf16: bool = False) -> Tensor:
+        """Returns what the head makes of the tokens `last` int64 [rows, ends], float32 [rows, ends, outputs]."""
         hidden = self.hidden_states(batch).view(*batch["input_ids"].shape, -1)  # it may be laid out as one row
         rows = torch.arange(len(last), device=hidden.device)[:, None]
-        return rewards_of(self.base, hidden[rows, last].flatten(0, 1)).view(last.shape)
+        return outputs_of_head(self.base, hidden[rows, last], bf16=bf16)
 
     def reference(self) -> contextlib.AbstractContextManager[None] | None:
         """Returns the context in which the model is the reference; None: there is none."""

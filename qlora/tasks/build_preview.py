@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from qlora.data.pipeline import Data
 from qlora.models.context import describe_limit, fit_rows, limit_warning
 from qlora.models.embedded import embedded_warning
 from qlora.reporting.preview import Preview, PreviewRow, PreviewToken
-from qlora.text import format_percent, plural
+from qlora.text import format_percent, listed, plural
 from qlora.upstream.transformers import decode
 
 
@@ -43,7 +44,13 @@ def build_preview(
         ("tokenizer", f"{tokenizer.name_or_path} (a vocabulary of {len(tokenizer):,})"),
         ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
         ("tokens", f"{report.train_tokens:,} an epoch, {_part(report.trained_tokens, report.train_tokens)} with loss"),
-        ("end token", f"trained in {_part(report.stopping_rows, report.train_rows)} of the rows"),
+        ("head", _classes(data, config)),
+        (
+            "end token",
+            ""
+            if config.loss.reads_whole_texts
+            else f"trained in {_part(report.stopping_rows, report.train_rows)} of the rows",
+        ),
         ("limit", limit),
         ("cut", _counted((report.cut_sources, "source"), (report.cut_targets, "target"))),
         (
@@ -58,7 +65,10 @@ def build_preview(
             ),
         ),
         ("not read", describe_unread(report)),
-        ("packing", _packing(rows, data) if config.loss.rows is not RowKind.labelled and not config.loss.head else ""),
+        (
+            "packing",
+            _packing(rows, data) if config.loss.rows is not RowKind.labelled and not config.loss.has_head else "",
+        ),
         (
             "steps",
             f"{length.epoch_steps:,} an epoch, of {trainer.per_device_train_batch_size} x "
@@ -91,6 +101,18 @@ def build_preview(
     )
 
 
+def _classes(data: Data, config: Config) -> str:
+    """Says what a head learns: the classes with their rows, or numbers with their range; empty: there is no head."""
+    if data.train is None or not config.loss.reads_whole_texts:
+        return ""
+    if data.labels:
+        counts = Counter(data.train["label"])
+        named = [name for name in config.head.labels or () if name not in data.labels]
+        return listed([f"{name} ({counts[name]:,} rows)" for name in (*data.labels, *named)], 12)
+    columns = zip(*data.train["values"], strict=True)
+    return "; ".join(f"numbers from {min(column):g} to {max(column):g}" for column in columns)
+
+
 def _counted(*counts: tuple[int, str] | tuple[int, str, str]) -> str:
     """Returns counts with their nouns, those of zero left out."""
     return ", ".join(f"{plural(count, noun)}{''.join(more)}" for count, noun, *more in counts if count)
@@ -99,11 +121,14 @@ def _counted(*counts: tuple[int, str] | tuple[int, str, str]) -> str:
 def _warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase, config: Config, context: int | None) -> list[str]:
     rows = report.train_rows
     too_long = limit_warning(report.max_length, config.model.name, context)
+    what, keys = "answers", "data.target_max_len or data.max_length"
+    if config.loss.reads_whole_texts:
+        what, keys = "texts", "data.max_length"
+    stops = report.stopping_rows == rows or config.loss.reads_whole_texts
     lines = (
-        (report.stopping_rows < rows, f"{_part(rows - report.stopping_rows, rows)} of the rows do not train an end "
+        (not stops, f"{_part(rows - report.stopping_rows, rows)} of the rows do not train an end "
                                       "token, so they do not teach to stop"),
-        (report.cut_targets > rows // 10, f"{_part(report.cut_targets, rows)} of the answers are cut; raise "
-                                          "data.target_max_len or data.max_length"),
+        (report.cut_targets > rows // 10, f"{_part(report.cut_targets, rows)} of the {what} are cut; raise {keys}"),
         (context is None and report.max_length > tokenizer.model_max_length,
          f"the longest row has {report.max_length:,} tokens, and the tokenizer says that its model reads "
          f"{tokenizer.model_max_length:,}; data.max_length={tokenizer.model_max_length} cuts rows there"),
@@ -129,6 +154,10 @@ def _packing(config: DataConfig, data: Data) -> str:
 
 def preview_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[PreviewRow]:
     """Returns a tokenized row as it is shown; a pair as two rows, its chosen side first."""
+    if row.get("label") is not None:
+        return [_noted(preview_row(row, tokenizer), f"labelled {row['label']}")]
+    if "values" in row:
+        return [_noted(preview_row(row, tokenizer), f"labelled {', '.join(f'{value:g}' for value in row['values'])}")]
     if "desirable" in row:
         return [_noted(preview_row(row, tokenizer), f"labelled {'good' if row['desirable'] else 'bad'}")]
     if "rejected_ids" not in row:

@@ -68,6 +68,6 @@ def _measure_base(session: Session, model: PeftModel) -> Measurement:
 
     start = session.start if session.config.loss.measured else None
     if start is None:
-        return measure_untuned(session, model)
+        return measure_untuned(session, model, label=session.baseline)
     with adapters.reference_of_trained(model, start)():
         return measure_untuned(session, model, keep_adapter=True, label=f"the start ({short_path(start)})")

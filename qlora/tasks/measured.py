@@ -121,6 +121,7 @@ def print_measured(
             job.overrides,
             options=job.options,
             left_out=left_out,
+            writes=not job.config.loss.has_head,
         ),
     )
 

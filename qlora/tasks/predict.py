@@ -28,8 +28,8 @@ def needs(config: Config) -> Needs:
         torch=True,
         base=True,
         rows=Rows.held_out,
-        questions=not config.loss.head,
-        answers=0 if config.loss.head else None,
+        questions=not config.loss.has_head,
+        answers=0 if config.loss.has_head else None,
         caches=True,
     )
 
@@ -42,7 +42,7 @@ def run(job: TaskJob) -> TaskResult:
     from qlora.data.ingest.arrow_writer import file_digest
     from qlora.evaluation.answering import answer_rows
 
-    if job.config.loss.head:
+    if job.config.loss.has_head:
         return score_rows(job)
     folder, path = job.folder, job.folder.predictions
     _ = job.session.trained  # before the folder: a task without an adapter leaves none

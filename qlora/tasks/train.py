@@ -63,6 +63,8 @@ def needs(config: Config) -> Needs:
     scored = evaluation.scored_answers if task.evaluate else 0
     is_tracked = bool(config.tracking.trackers)
     printed = evaluation.show_predictions if task.predict or is_tracked else 0
+    if config.loss.reads_whole_texts:
+        scored = printed = 0
     return Needs(
         torch=True,
         base=True,
@@ -365,8 +367,9 @@ class Training:
                 raise DamagedFile(path, "it holds no measurement of the base") from error
         part_of_base = self.config.lora.init in adapters.REWRITES_BASE
         # A preference is compared with the model as the run begins, which may have an adapter.
-        start = self.session.start if self.config.loss.measured else None
-        is_start, label = start is not None, "the untuned base" if start is None else f"the start ({short_path(start)})"
+        start = self.session.start if self.config.loss.is_preference else None
+        is_start = start is not None
+        label = self.session.baseline if start is None else f"the start ({short_path(start)})"
         measured = measure_untuned(self.session, model, keep_adapter=part_of_base or is_start, label=label)
         predictions = measured.predictions or self._answer_few(model, untuned=not (part_of_base or is_start))
         if distributed.is_main_process():
@@ -401,7 +404,7 @@ class Training:
         """Returns answers to the rows that are shown, where no metric asks for more; `untuned` without the adapter."""
         from qlora.adapters import adapter_off
 
-        if not (self.config.task.predict and self.session.measures_rows):
+        if not (self.config.task.predict and self.session.measures_rows and self.session.measurer.reads_tokens):
             return []
         answer = partial(self.session.measurer.predict, model, self.config.evaluation.show_predictions)
         with adapter_off(model) if untuned else contextlib.nullcontext():
@@ -430,6 +433,7 @@ class Training:
             length=session.length,
             keeps=session.keep_rule.describe(measures=session.measures_rows),
             limit=session.row_limit,
+            head=str(session.head) if self.config.loss.reads_whole_texts else "",
         )
         return summary.lines | lines | self._time_line()
 
@@ -523,7 +527,12 @@ def save_trained(session: Session, model: PreTrainedModel | PeftModel) -> None:
     rewritten = session.config.lora.init in adapters.REWRITES_BASE
     initial = session.folder.path / "initial_adapter" if rewritten else None
     adapters.save_adapter(
-        model, session.folder.adapter, tokenizer=session.tokenizer, initial=initial, base=session.base
+        model,
+        session.folder.adapter,
+        tokenizer=session.tokenizer,
+        initial=initial,
+        base=session.base,
+        finish=lambda folder: session.write_head(folder, model),
     )
     if session.config.lora.per_expert:
         adapters.save_per_expert(model, session.folder.adapter, session.folder.adapter_per_expert)

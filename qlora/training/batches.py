@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from qlora.objectives import Objective
-from qlora.objectives.answers import AnswerLoss
 from qlora.objectives.protocol import IGNORED, SHARED_ROWS
+from qlora.objectives.row_loss import RowLoss
 from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
 from qlora.upstream.torch import Rows, as_dataset
 
@@ -27,7 +27,7 @@ Collate = Callable[[list[dict[str, Any]]], Batch]
 COUNTS = "counts"
 """The key of a batch's numbers of tokens and of pairs, by how far layers look back, beside its tensors."""
 WEIGHTS = "weights"
-"""The key of what a loss over answers counts of each row, float [rows, 2] of numpy: see `AnswerLoss.count`."""
+"""The key of what a loss over rows counts of each, float [rows, 2] of numpy: see `RowLoss.count`."""
 SAVED = "saved"
 """The key of the number of tokens that are computed once and counted twice: those of prompts that answers share."""
 TARGETS = "targets"
@@ -51,7 +51,7 @@ class CountingCollator:
         counts = tuple(number if rows else 0 for number in self.count(batch))
         saved = int((batch[SHARED_ROWS[2]] >= 0).sum()) if rows and SHARED_ROWS[2] in batch else 0
         counted: dict[str, Any] = {TARGETS: targets, COUNTS: counts, SAVED: saved}
-        if isinstance(self.objective, AnswerLoss):
+        if isinstance(self.objective, RowLoss):
             counted[WEIGHTS] = self.objective.count(batch).numpy()
         return {**batch, **counted}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qlora.config.registries.objectives import SHIPPED
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import is_live, progress, record, say, screen
@@ -157,6 +158,10 @@ def _evaluations(args: Any, steps: int) -> int:
     return int(steps // every) if every else 0
 
 
+HEADS = frozenset(f"eval_{name}" for loss in SHIPPED.values() for name in loss.measured)
+"""What is measured of a head, whose loss is no likelihood of tokens."""
+
+
 def evaluation_line(logs: dict[str, Any], step: int) -> str | None:
     """Returns `eval at step 50: loss 1.23, perplexity 3.42, exact match 56.0 %`; None if nothing was evaluated."""
     metrics = {name: value for name, value in evaluation_metrics(logs).items() if not is_detail(name)}
@@ -174,6 +179,6 @@ def evaluation_metrics(logs: dict[str, Any]) -> dict[str, float]:
         name = key.removeprefix("base_").removeprefix("eval_")
         if key.startswith(("eval_", "base_eval_")) and name not in BOOKKEEPING and isinstance(value, int | float):
             metrics[name] = value
-            if name == "loss":
+            if name == "loss" and not HEADS.intersection(logs):
                 metrics["perplexity"] = math.exp(value) if value < 700 else math.inf
     return metrics

@@ -35,7 +35,7 @@ from transformers.trainer_utils import TrainOutput
 from qlora.config.schema import WatchdogConfig
 from qlora.experts.layout import Placeholder
 from qlora.objectives import Objective
-from qlora.objectives.answers import AnswerLoss
+from qlora.objectives.row_loss import RowLoss
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import read_json, write_text
 from qlora.training.bad_rows import NamedRow, find_bad_rows
@@ -133,7 +133,7 @@ class QLoraTrainer(Trainer):
         check_trainer()
         self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
         self.loraplus_lr_ratio, self.step, self.objective, self.meter = loraplus_lr_ratio, step, objective, meter
-        self._answer_loss = objective if isinstance(objective, AnswerLoss) else None
+        self._row_loss = objective if isinstance(objective, RowLoss) else None
         self.routing = build_routing_meter(base_of(model) if isinstance(model, PeftModel) else model)
         self.peak = peak or PeakMemory(arguments.device)
         self._unreported_tokens = self._logged_step = 0
@@ -221,7 +221,7 @@ class QLoraTrainer(Trainer):
             return loss
 
         can_be_cut = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # losses then add up
-        can_be_cut &= self._answer_loss is None or self._answer_loss.is_separable
+        can_be_cut &= self._row_loss is None or self._row_loss.is_separable
         rows = len(inputs["input_ids"]) if can_be_cut else 1
         return self.watchdog.add_loss(self.memory.run(inputs, learn, model.zero_grad, rows=rows))
 
@@ -240,9 +240,9 @@ class QLoraTrainer(Trainer):
         self.memory.begin()
         with self.meter.waiting(), self.watchdog.expecting_batches():
             batches, items = super().get_batch_samples(*args, **kwargs)
-        if self._answer_loss is not None:
-            items = self._count_answers(batches)
-        self.watchdog.begin(items if self._answer_loss is None else items[0])
+        if self._row_loss is not None:
+            items = self._count_rows(batches)
+        self.watchdog.begin(items if self._row_loss is None else items[0])
         for batch in batches:
             tokens, *pairs = batch.pop(COUNTS)
             computed = tokens - batch.pop(SAVED)
@@ -256,8 +256,8 @@ class QLoraTrainer(Trainer):
                 self.current_flos += operations - unlabelled * self.meter.output
         return batches, items
 
-    def _count_answers(self, batches: list[dict[str, Any]]) -> torch.Tensor:
-        """Returns what the loss over answers of the whole step counts, in all processes: `AnswerLoss.count`, summed."""
+    def _count_rows(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """Returns what the loss over rows of the whole step counts, in all processes: `RowLoss.count`, summed."""
         rows = [batch[WEIGHTS].sum(0) for batch in batches]
         count = torch.tensor(sum(rows, start=np.zeros(2)), dtype=torch.float32, device=self.args.device)
         if self.args.world_size > 1:

@@ -8,9 +8,15 @@ from enum import StrEnum
 GROUP = "qlora.objectives"
 """The entry points by which an installed package adds objectives."""
 
-RowKind = StrEnum("RowKind", "tokens pairs labelled")
-"""What a row is to an objective: tokens to predict, a pair of answers to one prompt, or an answer with a label that
-says whether it is a good one."""
+RowKind = StrEnum("RowKind", "tokens pairs labelled classes values")
+"""What a row is to an objective: tokens to predict, a pair of answers to one prompt, an answer with a label that says
+whether it is a good one, a text with the name of its class, or a text with numbers."""
+
+WHOLE_TEXTS = (RowKind.classes, RowKind.values)
+"""The kinds of rows that are read as a whole: nothing in them is an answer."""
+
+Head = StrEnum("Head", "causal classify regress")
+"""What a model makes of a text: the next token, one of several classes, or numbers."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,10 @@ class ShippedObjective:
     rows: RowKind = RowKind.tokens
     settings: tuple[str, ...] = ()
     """The fields of the group `loss` that it reads."""
-    head: bool = False
-    """Whether it trains a head that gives a text one number, a reward, in place of the next token."""
+    head: Head = Head.causal
+    """The head that it trains."""
+    measured: tuple[str, ...] = ()
+    """What held-out texts are measured by beside the loss, where rows are whole texts."""
 
 
 SHIPPED = {
@@ -47,7 +55,16 @@ SHIPPED = {
         RowKind.labelled,
         ("beta", "reference", "desirable_weight", "undesirable_weight"),
     ),
-    "reward": ShippedObjective("qlora.objectives.reward:RewardModel", RowKind.pairs, ("center_rewards",), head=True),
+    "reward": ShippedObjective("qlora.objectives.reward:RewardModel", RowKind.pairs, ("center_rewards",), Head.regress),
+    "classify": ShippedObjective(
+        "qlora.objectives.classify:Classification",
+        RowKind.classes,
+        head=Head.classify,
+        measured=("accuracy", "macro_f1"),
+    ),
+    "regress": ShippedObjective(
+        "qlora.objectives.regress:Regression", RowKind.values, head=Head.regress, measured=("pearson", "spearman")
+    ),
 }
 """The objectives of this package by name."""
 OBJECTIVES = {name: objective.path for name, objective in SHIPPED.items()}

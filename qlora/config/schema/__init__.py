@@ -17,6 +17,7 @@ from qlora.config.schema.evaluation import (
 )
 from qlora.config.schema.export import ExportConfig, ExportFormat, GgufType
 from qlora.config.schema.generation import GenerationConfig
+from qlora.config.schema.head import HeadConfig, HeadDtype
 from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraExperts, LoraInit
 from qlora.config.schema.loss import LOSS_SETTINGS, LossConfig, Reference
 from qlora.config.schema.manifest import ManifestConfig
@@ -68,6 +69,8 @@ __all__ = [
     "FlashAttention",
     "GenerationConfig",
     "GgufType",
+    "HeadConfig",
+    "HeadDtype",
     "Keep",
     "LoraBias",
     "LoraConfig",

@@ -96,6 +96,10 @@ class DataConfig:
     another format out), or `auto` to recognise it."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns under other names: `data.columns.output=response` reads `response` where the format wants `output`."""
+    label: Any = field(default=None, metadata={HOLDS: list[str] | str | None})
+    """The column that holds what `head=classify` or `head=regress` learns, or of several numbers their columns, e.g.
+    `[helpful,polite]`; unset: the first there is of `label`, `labels`, `class`, for `regress` of `score`, `scores`,
+    `label`, `labels`, `rating`. Each set of `data.mix` has it."""
     reformulations: bool = False
     """Train on the reformulated instructions of unnatural-instructions too."""
     pairs: Pairs = Pairs["best-worst"]
@@ -170,6 +174,9 @@ class DataConfig:
         self.mix = {name: build_mix(name, part) for name, part in self.mix.items()}
         check_format("data.format", self.format)
         check_template("data.template", self.template)
+        names = [self.label] if isinstance(self.label, str) else self.label
+        is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+        require(names is None or bool(is_list), "data.label", "be a column or a list of columns", self.label)
         if self.train_on_source and self.train_on is TrainOn.last:
             raise ConfigError("data.train_on_source=true means data.train_on=all, but data.train_on=last is set; "
                               "leave one of them out")  # fmt: skip
@@ -195,6 +202,11 @@ class DataConfig:
             if (value := getattr(self, name)) != unset:
                 raise ConfigError(f"data.{name}={value} is not read beside data.mix, for each of its sets has its own; "
                                   f"set data.mix.NAME.{name}")  # fmt: skip
+
+    @property
+    def label_columns(self) -> list[str] | None:
+        """The columns of `label`; None: they are recognised."""
+        return [self.label] if isinstance(self.label, str) else self.label
 
     @property
     def splits_off(self) -> bool:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from qlora.config.registries.installed import check_name
-from qlora.config.registries.objectives import GROUP, OBJECTIVES, SHIPPED, RowKind, rows_of
+from qlora.config.registries.objectives import GROUP, OBJECTIVES, SHIPPED, WHOLE_TEXTS, Head, RowKind, rows_of
 from qlora.config.schema.code_names import check_plain
 from qlora.config.schema.data import DataConfig, TrainOn
 from qlora.config.schema.lora import LoraConfig, LoraInit
@@ -124,20 +124,35 @@ class LossConfig:
         return self.reference not in (None, Reference.none)
 
     @property
-    def head(self) -> bool:
-        """Whether the loss trains a head that gives a text a reward."""
-        return self.name in SHIPPED and SHIPPED[self.name].head
+    def head(self) -> Head:
+        """The head that the loss trains; one of another package predicts tokens."""
+        return SHIPPED[self.name].head if self.name in SHIPPED else Head.causal
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model says something of whole texts in place of the next token."""
+        return self.head is not Head.causal
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether the loss is one over answers of which one is better than another, or good or bad."""
+        return self.rows in (RowKind.pairs, RowKind.labelled)
+
+    @property
+    def reads_whole_texts(self) -> bool:
+        """Whether nothing in a row is an answer."""
+        return self.rows in WHOLE_TEXTS
 
     @property
     def measured(self) -> list[str]:
         """The plain names of what held-out rows are measured by, besides the metrics of all rows."""
         kind = self.rows
-        if kind is RowKind.tokens:
-            return []
+        if not self.is_preference:
+            return [*SHIPPED[self.name].measured] if self.name in SHIPPED else []
         names = ["preference_loss", "reward_accuracy", "reward_margin"]
         names += ["reference_divergence"] if kind is RowKind.labelled else []
         names += ["reference_kl"] if self.compares else []
-        names += ["chosen_reward", "rejected_reward"] if self.head else []
+        names += ["chosen_reward", "rejected_reward"] if self.has_head else []
         return [*names, *(("chosen_tokens", "rejected_tokens") if kind is RowKind.pairs else ("answer_tokens",))]
 
     @property
@@ -163,7 +178,7 @@ def may_share_prompts(loss: LossConfig, trainer: TrainerConfig, *, on_gpu: bool)
 
 def check_preferences(loss: LossConfig, lora: LoraConfig, data: DataConfig, trainer: TrainerConfig) -> None:
     """Refuses what a loss over answers cannot be trained with."""
-    if loss.rows is RowKind.tokens:
+    if not loss.is_preference:
         return
     name = f"loss={loss.name}"
     if data.train_on is TrainOn.all:
@@ -183,15 +198,6 @@ def check_preferences(loss: LossConfig, lora: LoraConfig, data: DataConfig, trai
         raise ConfigError(
             f"{name} estimates the divergence from the reference by the answers of other rows in a micro-batch, and "
             "trainer.per_device_train_batch_size=1 leaves none; set it to 2 or more"
-        )
-    if loss.head and not lora.enabled:
-        raise ConfigError(
-            f"{name} saves a head beside an adapter, and lora=none trains all weights; choose lora=all-linear"
-        )
-    if loss.head and lora.start is not None:
-        raise ConfigError(
-            f"{name} begins with a fresh adapter and head, and lora.start={lora.start} names another adapter; merge "
-            "that one first (task=merge), and train a reward model on the merged model"
         )
     _check_reference(loss, lora, name)
 

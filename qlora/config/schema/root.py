@@ -31,6 +31,7 @@ from qlora.config.schema.evaluation import (
 )
 from qlora.config.schema.export import ExportConfig
 from qlora.config.schema.generation import GenerationConfig
+from qlora.config.schema.head import HeadConfig, check_head
 from qlora.config.schema.lora import LoraConfig, LoraInit
 from qlora.config.schema.loss import LossConfig, check_preferences
 from qlora.config.schema.manifest import ManifestConfig
@@ -81,6 +82,7 @@ class Config:
     data: DataConfig = MISSING
     trainer: TrainerConfig = MISSING
     loss: LossConfig = field(default_factory=LossConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     watchdog: WatchdogConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     generation: GenerationConfig = MISSING
@@ -230,7 +232,7 @@ class Config:
     def kept_metric(self) -> str:
         """The metric by which `trainer.keep` compares steps."""
         chosen, measured = self.trainer.keep_metric or self.objective, measured_at_steps(self)
-        if self.loss.measured and self.trainer.keep_metric is None and chosen == "eval_loss":
+        if self.loss.is_preference and self.trainer.keep_metric is None and chosen == "eval_loss":
             return "eval_preference_loss"  # the likelihood of chosen answers falls while preferences are learned
         return chosen if chosen in measured else "eval_loss"
 
@@ -298,6 +300,8 @@ class Config:
     def _check_objective(self) -> None:
         """Refuses an objective that this run does not measure."""
         known = known_metrics(self.evaluation)
+        if self.loss.reads_whole_texts:
+            known = [name for name in known if not name.endswith("perplexity")]
         known += [f"{prefix}{name}" for prefix in ("eval_", "base_eval_") for name in self.loss.measured]
         # lm-eval and the `evaluate` library name their metrics only once they have measured.
         prefixes = [metric_name(name) for name in self.evaluation.metrics if name.startswith(f"{METRIC_LIBRARY}:")]
@@ -355,6 +359,15 @@ class Config:
                 "trainer.neftune_noise_alpha scales its noise by the length of a row, and data.packing=true joins "
                 "rows; leave one of them out"
             )
+        check_head(
+            self.head,
+            self.loss,
+            lora=self.lora,
+            data=self.data,
+            evaluation=self.evaluation,
+            new_tokens=self.model.new_tokens,
+            task=self.task.name,
+        )
         check_preferences(self.loss, self.lora, self.data, self.trainer)
 
     def _check_optimizer(self) -> None:
@@ -386,6 +399,8 @@ class Config:
 def measured_at_steps(config: Config) -> list[str]:
     """Returns the metrics that a training run measures, or can measure, at `trainer.eval_steps`."""
     measured = [*known_metrics_of_rows(config.evaluation), *config.loss.measured]
+    if config.loss.reads_whole_texts:
+        return [f"eval_{name}" for name in measured if name != "perplexity"]
     if config.evaluation.name is EvaluationName.mmlu:
         measured += [f"mmlu_{config.evaluation.split.value}_{name}" for name in ("accuracy", "loss")]
     return [f"eval_{name}" for name in measured]

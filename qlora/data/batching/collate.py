@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora.data.batching.packing import SIDES
 from qlora.data.batching.row_encoder import IGNORED
 from qlora.data.batching.shared_prompts import NOWHERE, join_sides
-from qlora.objectives.protocol import REFERENCE, SHARED_ROWS
+from qlora.objectives.protocol import REFERENCE, SHARED_ROWS, TRUTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,28 @@ class SidesCollator:
             batch[REFERENCE] = _side_by_side([row[REFERENCE] for row in rows])
         if "desirable" in rows[0]:
             batch["desirable"] = torch.tensor([bool(row["desirable"]) for row in rows])
+        return batch
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTextsCollator:
+    """Pads whole texts, and lays beside them what a head is to say of each."""
+
+    pad_token_id: int
+    classes: tuple[str, ...] = ()
+    """The classes in the order of the head's outputs; empty: it says numbers."""
+    width: int = 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Returns input_ids, attention_mask and labels, each int64 [rows, width], and the truth of each row.
+
+        That is the number of its class, int64 [rows], or its numbers, float32 [rows, numbers].
+        """
+        batch = Collator(self.pad_token_id, width=self.width)(rows)
+        if self.classes:
+            batch[TRUTH] = torch.tensor([self.classes.index(row["label"]) for row in rows])
+        else:
+            batch[TRUTH] = torch.tensor([list(row["values"]) for row in rows], dtype=torch.float32)
         return batch
 
 

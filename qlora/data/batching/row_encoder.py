@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -15,7 +15,7 @@ from qlora.config.schema import DataConfig, OnTooLong, TrainOn
 from qlora.data.chat.chat_mask import ChatWriter, Written
 from qlora.data.chat.conversations import Conversation, Message
 from qlora.data.chat.templates import Template
-from qlora.data.formats.prompts import AnyExample, Example, Labelled, Pair, Segment, sides
+from qlora.data.formats.prompts import AnyExample, Example, Labelled, Pair, Segment, WholeText, sides
 from qlora.errors import ConfigError, DataError
 from qlora.upstream.transformers import decode, token_name
 
@@ -72,6 +72,10 @@ class Encoded(NamedTuple):
     """The other answer of a pair."""
     desirable: bool | None = None
     """Whether a labelled answer is a good one."""
+    label: str | None = None
+    """The class of a whole text."""
+    values: tuple[float, ...] = ()
+    """The numbers of a whole text."""
 
     @property
     def trained(self) -> int:
@@ -148,6 +152,8 @@ class RowEncoder:
 
     def encode(self, examples: Sequence[AnyExample]) -> list[Encoded]:
         """Encodes examples in order; raises `DataError` for a pair whose sides do not have the same prompt."""
+        if any(isinstance(example, WholeText) for example in examples):
+            return [self._encode_whole_text(example) for example in examples if isinstance(example, WholeText)]
         parts = [side for example in examples for side in sides(example)]
         segments = [part for part in parts if not isinstance(part, Conversation)]
         chats = [self.writer.write(part) for part in parts if isinstance(part, Conversation)]
@@ -160,6 +166,26 @@ class RowEncoder:
             return self._fit_pair(*rows)
         row = self._fit(rows[0])
         return row._replace(desirable=example.desirable) if isinstance(example, Labelled) else row
+
+    def _encode_whole_text(self, example: WholeText) -> Encoded:
+        """Encodes a text as the tokenizer's own call does, so that a plain model reads what was trained.
+
+        What it spells becomes no special token. Its end is cut. Padding at its end, which some tokenizers write, is
+        left out: transformers reads the last token that is none.
+        """
+        ids = self._call_ids(example.text)
+        limit, length = self.limits.max_length, len(ids)
+        if limit is not None and length > limit:
+            ids = self._call_ids(example.text, truncation=True, max_length=limit)
+        while len(ids) > 1 and ids[-1] == self.base.pad_token_id:
+            ids = ids[:-1]
+        labels = [*[IGNORED] * (len(ids) - 1), *ids[-1:]]
+        turns = [Turn(len(ids), example.text, None)]
+        return Encoded(ids, labels, len(ids), 0, turns, cut_target=limit is not None and length > limit,
+                       label=example.label, values=example.values)  # fmt: skip
+
+    def _call_ids(self, text: str, **cut: Any) -> list[int]:
+        return list(self.base(text, split_special_tokens=True, verbose=False, **cut)["input_ids"])
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of a conversation up to where the model answers, as a row that ends in the answer has them.

@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from qlora.config.registries.objectives import RowKind
+from qlora.config.registries.objectives import WHOLE_TEXTS, RowKind
 from qlora.config.schema import OnEmpty, OnTooLong
 from qlora.data.batching.row_encoder import Encoded, RowEncoder
 from qlora.data.batching.shared_prompts import count_shared
 from qlora.data.chat.answer_weights import settle
 from qlora.data.chat.conversations import Conversation
 from qlora.data.formats.cells import Row, TrackedRow, take_rows
-from qlora.data.formats.prompts import AnyExample, Example, Labelled, Pair, sides
+from qlora.data.formats.prompts import AnyExample, Example, Labelled, Pair, WholeText, sides
 from qlora.data.formats.questions import asks
 from qlora.data.formats.renderers import Format
 from qlora.errors import DataError, UserError
@@ -66,9 +66,11 @@ KIND_COLUMNS: Final[dict[RowKind, dict[str, pa.DataType]]] = {
         "shared": pa.int32(),
     },
     RowKind.labelled: {"answer_start": pa.int32(), "desirable": pa.bool_()},
+    RowKind.classes: {"label": pa.string()},
+    RowKind.values: {"values": pa.list_(pa.float64())},
 }
-"""What rows of preference hold besides; `qlora.data.formats.preferences` says what it means. `shared` is the number of
-tokens that both sides of a pair begin with, their labels included."""
+"""What rows of other kinds hold besides; `qlora.data.formats.preferences` and `whole_texts` say what it means.
+`shared` is the number of tokens that both sides of a pair begin with, their labels included."""
 TASK_COLUMN: Final = "task"
 """The column of source rows that evaluation rows keep, for reports by task."""
 
@@ -283,6 +285,9 @@ def _render(job: Job, index: int, row: Row, counts: Counter[str]) -> Iterator[_P
     for key in tracked.unread() if examples else ():
         counts[f"{UNREAD}{key}"] += 1
     for example in examples:
+        if isinstance(example, WholeText):
+            yield _PendingRow(example, index, task, 0)
+            continue
         if isinstance(example, Pair) and (example.unordered or example.is_equal):
             counts["equal" if example.is_equal else "unordered"] += 1
             continue
@@ -354,7 +359,9 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
         "row": rows,
         "digest": list(map(_digest, ids, labels, kept)),
     }
-    if job.kind is not RowKind.tokens:
+    if job.kind in WHOLE_TEXTS:
+        cells |= {"label": [encoded.label for encoded in kept], "values": [list(encoded.values) for encoded in kept]}
+    elif job.kind is not RowKind.tokens:
         cells |= _preference_cells(job.kind, kept)
     if job.for_eval:
         # Of a conversation the last answer is asked for: the turns before it are its prompt.
@@ -399,4 +406,8 @@ def _digest(ids: np.ndarray, labels: np.ndarray, encoded: Encoded) -> int:
         digest.update(np.asarray(row, dtype="<i4").tobytes())
     if encoded.desirable is not None:
         digest.update(bytes([encoded.desirable]))
+    if encoded.label is not None:
+        digest.update(encoded.label.encode())
+    if encoded.values:
+        digest.update(np.asarray(encoded.values, dtype="<f8").tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1

@@ -52,13 +52,24 @@ class Labelled:
     desirable: bool
 
 
-AnyExample = Example | Pair | Labelled
+@dataclass(frozen=True, slots=True)
+class WholeText:
+    """A text, and what a head says of it: a class, or numbers."""
+
+    text: str
+    label: str | None = None
+    values: tuple[float, ...] = ()
+
+
+AnyExample = Example | Pair | Labelled | WholeText
 
 
 def sides(example: AnyExample) -> tuple[Example, ...]:
     """Returns the examples in one of any kind."""
     if isinstance(example, Pair):
         return (example.chosen, example.rejected)
+    if isinstance(example, WholeText):
+        return ([Segment(example.text, False)],)
     return (example.example,) if isinstance(example, Labelled) else (example,)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qlora.config.registries.data_formats import installed_format
-from qlora.config.registries.objectives import RowKind
+from qlora.config.registries.objectives import WHOLE_TEXTS, RowKind
 from qlora.config.schema import FUNCTION_PATH, Pairs
 from qlora.config.user_code import import_function
 from qlora.data.chat.conversations import Conversation, decode, is_empty, is_turn, split_inst
@@ -19,6 +19,7 @@ from qlora.data.formats.labels import LABELS, is_unlabelled, label_columns
 from qlora.data.formats.preferences import ANSWER_COLUMNS, check_columns, describe_kind, of_kind
 from qlora.data.formats.prompts import AnyExample, Example, sides
 from qlora.data.formats.renderers import ASKED, FORMATS, GUANACO, WITH_REFORMULATIONS, Format, nested
+from qlora.data.formats.whole_texts import choose_columns
 from qlora.errors import ConfigError, DataError, UserError
 from qlora.text import listed
 
@@ -40,6 +41,8 @@ REJECTED = ("reject", "bad", "negative", "worse", "dispreferred")
 """How the names of columns begin that hold answers not to be trained."""
 CHATS = {"messages": "messages", "chosen": "chosen", "completion": "prompt-completion"}
 """Names under which a column that holds turns can be read, each with its format."""
+WHOLE_TEXT = "text"
+"""The name of the format of rows that a head reads."""
 COLUMN = "COLUMN"
 """Stands for a column that only the user can name."""
 CHOICES = ("choices", "choice0", "options", "A")
@@ -99,6 +102,8 @@ def choose_format(
     reformulations: bool = False,
     kind: RowKind = RowKind.tokens,
     pairs: Pairs = Pairs["best-worst"],
+    label: Sequence[str] | None = None,
+    class_names: Mapping[str, Sequence[str]] | None = None,
 ) -> Choice:
     """Returns the format `name`, or the one that `auto` recognises; logs what was decided and why.
 
@@ -107,6 +112,8 @@ def choose_format(
     `ConfigError` where the columns do not fit, and `DataError` where they hold none of that kind.
     """
     setting = f"{key.removesuffix('path')}format" if key.endswith(".path") else "data.format"
+    if kind in WHOLE_TEXTS:
+        return _choose_whole_texts(name, columns, sample, kind, setting, key=key, label=label, names=class_names or {})
     rows = _Rows(columns, sample, setting, f"{key} has", name, kind, pairs)
     choice = _choose(name, rows, reformulations=reformulations)
     if ":" in choice.name or installed_format(name) is not None:
@@ -116,6 +123,41 @@ def choose_format(
         return replace(choice, format=of_kind(kind, choice.name, choice.format, pairs))
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
+
+
+def _choose_whole_texts(
+    name: str,
+    columns: Sequence[str],
+    sample: Sequence[Row],
+    kind: RowKind,
+    setting: str,
+    *,
+    key: str,
+    label: Sequence[str] | None,
+    names: Mapping[str, Sequence[str]],
+) -> Choice:
+    """Returns the format of rows of whole texts: by their columns, or those that the user's function returns."""
+    function = name if FUNCTION_PATH.fullmatch(name) else installed_format(name)
+    if function is not None:
+        mapped = [row for given in sample for row in _map(function, given, setting)]
+        returned = list(dict.fromkeys(column for row in mapped for column in row))
+        layout, why = choose_columns(kind, returned, key=f"{setting}={function}", label=label, names={})
+        render = functools.partial(_render_mapped, path=function, setting=setting, render=layout.render)
+        return Choice(name, f"{why} of what it returns", Format(render, needs=((),)))
+    if name not in ("auto", WHOLE_TEXT):
+        raise ConfigError(
+            f"{setting}={name} says what is asked and answered, and a head reads a whole text; leave it out, or give a "
+            "function of your own (module:function) that returns rows of a text and a label"
+        )
+    layout, why = choose_columns(kind, columns, key=key, label=label, names=names)
+    log.info("%s: whole texts, by the %s", setting, why)
+    return Choice(WHOLE_TEXT, why, layout)
+
+
+def _render_mapped(
+    row: Row, *, path: str, setting: str, render: Callable[[Row], Sequence[AnyExample]]
+) -> list[AnyExample]:
+    return [example for mapped in _map(path, row, setting) for example in render(track(row, mapped, ""))]
 
 
 def _choose(name: str, rows: _Rows, *, reformulations: bool) -> Choice:
