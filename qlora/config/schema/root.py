@@ -263,7 +263,7 @@ class Config:
             return
         reasons = {
             "model.new_tokens": (bool(self.model.new_tokens), "their rows are trained beside LoRA"),
-            f"loss.name={self.loss.name}": (self.loss.head, "its head is saved beside LoRA"),
+            f"loss.name={self.loss.name}": (self.loss.has_head, "its head is saved beside LoRA"),
             "trainer.keep=average": (is_average, "only products of LoRA have a mean that an adapter holds"),
             "trainer.parallel=fsdp": (self.trainer.parallel is Parallel.fsdp, "sharded layers compute LoRA alone"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts LoRA"),
