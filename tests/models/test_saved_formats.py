@@ -200,8 +200,9 @@ def test_an_adapter_on_it_is_trained_and_merged_into_16_bit_files(tmp_path: Path
         *("lora.r=4", "recipe=none", "trainer.eval_steps=null", "data.max_train_samples=8", "data.max_eval_samples=4"),
         *("evaluation=loss", "task.predict=false", "trainer.per_device_train_batch_size=2", "model.tokenizer=tiny"),
         *("trainer.gradient_accumulation_steps=1", "trainer.optim=adamw_torch", "trainer.max_steps=2", "device=cpu"),
-        *("trainer.save_steps=null", f"model.name={saved}"),
+        *("trainer.save_steps=null", f"model.name={saved}", "quantization=stored"),
     ]
+    assert compose(quick).quantization.bits == 16
     Run(compose(quick), tmp_path / "run").execute()
     adapter = f"adapter={tmp_path / 'run' / 'adapter'}"
     merged = Run(compose([*quick, "task=merge", adapter, "merge.dtype=fp32"]), tmp_path / "merged").execute()
