@@ -58,8 +58,8 @@ def _settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     saved = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
     if not isinstance(saved, dict):
         raise ConfigError(
-            f"quantization=stored: the files of {key} are not quantized (its {FILE} has no quantization_config); choose "
-            "quantization=nf4 or another, or quantization=none for 16 bits"
+            f"quantization=stored: the files of {key} are not quantized (its {FILE} has no quantization_config); "
+            "choose quantization=nf4 or another, or quantization=none for 16 bits"
         )
     if saved.get("load_in_4bit"):
         kind, double = saved.get("bnb_4bit_quant_type", "nf4"), bool(saved.get("bnb_4bit_use_double_quant"))
