@@ -57,7 +57,6 @@ from qlora.evaluation.wins import Judge, count_wins, find_judge
 from qlora.experts.host import CudaCopies, describe_waiting, experts_on_host
 from qlora.models import loading, random_weights
 from qlora.models.context import describe_limit, fit_rows, model_context
-from qlora.models.decoded_files import DecodedTensors
 from qlora.models.decoder import read_decoder
 from qlora.models.fingerprint import Base, adapter_digest, read_base, write_base
 from qlora.models.finished_model import check_not_rounded
@@ -66,7 +65,7 @@ from qlora.models.model_config import build_model_config, load_model_config
 from qlora.models.model_files import locate
 from qlora.models.new_tokens import add_end_token, resize_embeddings
 from qlora.models.same_base import check_base, identify_base
-from qlora.models.saved_quantization import is_mxfp4
+from qlora.models.saved_quantization import open_decoded
 from qlora.models.tokenizer import (
     check_vocabulary,
     load_saved_tokenizer,
@@ -553,7 +552,7 @@ class Session:
             return self._random_weights()
         model = self.config.model
         saved = Checkpoint(local_files(locate(model.name), revision=model.revision, cache_dir=model.cache_dir))
-        return DecodedTensors(saved) if is_mxfp4(self.model_config) else saved
+        return open_decoded(saved, self.model_config, f"model.name={model.name}")
 
     def _random_weights(self) -> random_weights.RandomWeights:
         return random_weights.RandomWeights(self.model_config, placement=self.placement, seed=self.config.seed)

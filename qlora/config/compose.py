@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from qlora.config.messages import below_null, explain
 from qlora.config.options import CONF_DIR
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import check_keys, open_entries, parse_overrides, refuse_unreadable
+from qlora.config.saved_base import read_stored
 from qlora.config.schema import Config, TaskName
 from qlora.config.search_path import check_options, option_folder, search_folders
 from qlora.config.typed_forms import Reading, check_own_rows, read_forms
@@ -109,6 +110,8 @@ def compose_dict(
             mode = RunMode.MULTIRUN if swept else RunMode.RUN
             composed = _compose(partial(_compose_once, hydra, mode), overrides, config_dir)
             _check_job_folder(composed)
+            with suppress(ConfigError) if swept else nullcontext():  # a job that names another base reads it anew
+                read_stored(composed, parse_overrides(overrides))
             check_own_rows(composed, overrides)
             return composed
     except UserError:

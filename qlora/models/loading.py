@@ -23,7 +23,14 @@ from qlora.models.nonfinite import QuantizationWatch, find_nonfinite, first_in_f
 from qlora.models.outputs import switch_cache
 from qlora.models.random_weights import RandomWeights
 from qlora.models.read_weights import describe_quantization
-from qlora.models.saved_quantization import decoded_method, decoding_options, saved_settings, without_quantization
+from qlora.models.saved_quantization import (
+    check_decoded,
+    decoded_method,
+    decoding,
+    decoding_options,
+    saved_settings,
+    without_quantization,
+)
 from qlora.models.tokenizer import hub_error
 from qlora.quantization.method import QuantizationMethod, find_method, set_method
 from qlora.runtime.device import Placement, planned_dtype
@@ -63,13 +70,15 @@ def load_base(
     options: dict[str, Any] = {} if folder else hub_options(config)
     description = _describe(config, quantization, method, model_config, placement) if saved is None or decoded else None
     if decoded is not None:
-        saved, options = None, options | decoding_options(model_config, description)
+        check_decoded(model_config, decoded, key)
+        log.info("%s is quantized by %s, which is decoded tensor by tensor while it loads", key, decoded)
+        saved, options = None, options | decoding_options(model_config, decoded, description)
     elif saved is not None:
         method.check_saved(quantization, saved, f"model.name={config.name}")
     elif description is not None:
         options["quantization_config"] = description
     with QuantizationWatch(method) as watch:
-        with method.loading(quantization, decoded):
+        with method.loading(quantization, decoded), decoding(model_config, decoded, key):
             model = _read(source, key, config, placement, method, options)
         if saved is None:
             with torch.no_grad():
@@ -164,9 +173,10 @@ def check_quantization(
     """Raises `ConfigError`, before any weight is read, for a base most of which would not be quantized."""
     method = find_method(quantization)
     if (saved := saved_settings(model_config)) is not None:
-        if decoded_method(model_config, method) is None:
+        if (decoded := decoded_method(model_config, method)) is None:
             method.check_saved(quantization, saved, f"model.name={config.name}")
             return
+        check_decoded(model_config, decoded, f"model.name={config.name}")
         model_config = without_quantization(model_config)
     if method.library_config(quantization, placement) is not None:
         with library_reads(f"model.name={config.name}", CONFIG):

@@ -21,8 +21,8 @@ def check_saved_bits(config: QuantizationConfig, settings: Mapping[str, Any], ke
                 "quantization=nf4 or quantization=none"
             )
         raise ConfigError(
-            f"{key} is quantized by {method}; only bitsandbytes checkpoints can be trained here. "
-            "Use the original 16-bit weights"
+            f"{key} is quantized by {method}, which is not decoded here (as bitsandbytes, mxfp4, fp8, "
+            "compressed-tensors, gptq, awq, hqq and torchao are). Use the original 16-bit weights"
         )
     requested = (config.bits, config.quant_type.value, config.double_quant)
     saved = (

@@ -227,10 +227,10 @@ def test_target_modules_that_match_nothing(tmp_path: Path) -> None:
 
 def test_a_base_quantized_by_another_method(tmp_path: Path, base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    config["quantization_config"] = {"quant_method": "aqlm", "bits": 4, "group_size": 128}
     (base / "config.json").write_text(json.dumps(config))
     text = refusal(tmp_path, f"model.name={base}")
-    assert f"model.name={base} is quantized by gptq" in text
+    assert f"model.name={base} is quantized by aqlm" in text
     assert "Use the original 16-bit weights" in text
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,10 @@ from qlora.config.help import reference
 from qlora.config.options import CONF_DIR, group_names
 from qlora.config.schema import described_settings
 
+QUANTIZED = Path(tempfile.mkdtemp(prefix="qlora-tests-"))
+(QUANTIZED / "config.json").write_text('{"quantization_config": {"quant_method": "awq", "bits": 4}}')
+atexit.register(shutil.rmtree, QUANTIZED, ignore_errors=True)
+
 # What an option needs besides its own name.
 NEEDS = {
     ("lora", "none"): ["quantization=none"],
@@ -27,6 +33,7 @@ NEEDS = {
     ("task", "report"): ["runs=outputs/runs/*"],
     ("task", "migrate"): ["from=finetune.sh"],
     ("task", "replay"): ["run=outputs/runs/mine"],
+    ("quantization", "stored"): [f"model.name={QUANTIZED}"],
     ("evaluation", "lm-eval"): ["evaluation.tasks=[arc_easy]"],
 }
 OPTIONS = [(group, file.stem) for group in group_names() for file in sorted((CONF_DIR / group).glob("*.yaml"))]

@@ -39,6 +39,8 @@ METHODS = {
 }
 DEFAULTS = {4: "bnb4", 8: "bnb8", 16: "none", 32: "none"}
 """The method that `quantization.method=auto` takes, by `quantization.bits`."""
+DECODED = ("fp8", "compressed-tensors", "gptq", "awq", "hqq", "torchao", "mxfp4")
+"""What the files of a base may be quantized by, as `quant_method` in `config.json`, and are decoded from."""
 BITS = tuple(sorted({count for entry in METHODS.values() for count in entry.bits}))
 """The values of `quantization.bits` that any method has."""
 AUTO = "auto"
