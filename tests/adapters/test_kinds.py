@@ -29,7 +29,7 @@ from tests.training.test_optimizers import check_exact, settings
 MORE: dict[str, list[list[str]]] = {
     "vera": [["lora.r=5", "lora.options={projection_prng_key: 3}"]],
     "oft": [["lora.options={oft_block_size: 24}"], ["lora.options={oft_block_size: 500, block_share: true}"],
-            ["lora.options={coft: true, eps: 0.5, use_cayley_neumann: false}"]],
+        ["lora.options={use_cayley_neumann: false}"]],
     "ia3": [["lora.options={feedforward_modules: [o_proj]}"], ["lora.options={feedforward_modules: []}"]],
 }  # fmt: skip
 """Settings of a kind with which it is planned and saved too."""

@@ -41,6 +41,8 @@ class AdapterKind:
     """Returns what that class takes beside the layers and `options`, of `lora` and the names of the layers."""
     sizes: Callable[[LayerSize, int, Mapping[str, Any]], tuple[int, ...]]
     """Returns the elements of each tensor that is trained in a layer, of the rank and the options."""
+    size: str | None = None
+    """Of a kind without a rank, the option that says how large the adapter is, where there is one."""
     fields: frozenset[str] = frozenset()
     """The fields of `lora` that it reads, beside those that every kind reads."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -57,12 +59,17 @@ class AdapterKind:
         return {**self.options, **options}
 
     @property
+    def is_sized(self) -> bool:
+        """Whether a number decides how many parameters train: `lora.r`, or the option `size`."""
+        return self.has_rank or self.size is not None
+
+    @property
     def has_rank(self) -> bool:
         """Whether `lora.r` says how large the adapter is."""
         return "r" in self.fields
 
 
-EVERY_KIND = frozenset(("enabled", "kind", "options", "target_modules", "layers", "exclude"))
+EVERY_KIND = frozenset(("enabled", "kind", "options", "target_modules", "layers", "exclude", "parameters"))
 """The fields of `lora` that every kind reads."""
 
 KINDS: dict[str, AdapterKind] = {}
@@ -97,11 +104,10 @@ KINDS["oft"] = AdapterKind(
     config="OFTConfig",
     arguments=lambda lora, layers: {"r": 0},
     sizes=_oft_sizes,
-    options={
+    size="oft_block_size",
+    options={  # not `coft`, which changes what is trained in every forward pass, evaluation included
         "oft_block_size": 32,
         "module_dropout": 0.0,
-        "coft": False,
-        "eps": 6e-5,
         "block_share": False,
         "use_cayley_neumann": True,
         "num_cayley_neumann_terms": 5,
