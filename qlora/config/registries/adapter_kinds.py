@@ -51,6 +51,8 @@ class AdapterKind:
     fresh: tuple[str, float]
     """A part of the name of the tensors that begin as one number, and this number: all of them are that before the
     first step."""
+    unsupported_reason: Callable[[Any], str | None] = lambda lora: None
+    """Returns why the values of `lora` do not fit together; None: they do."""
     shared: Callable[[Sequence[LayerSize], int], int] = lambda layers, rank: 0
     """Returns the elements of frozen tensors that all layers share."""
 
@@ -136,4 +138,55 @@ KINDS["ia3"] = AdapterKind(
     options={"feedforward_modules": IA3_INPUTS},
     change=Change.scaled,
     fresh=(".ia3_l", 1.0),
+)
+
+
+def _first_rank(rank: int, options: Mapping[str, Any]) -> int:
+    """Returns the rank with which AdaLoRA begins: `init_r`, or half as much again as the rank it ends with."""
+    given: int | None = options["init_r"]
+    return rank + max(rank // 2, 1) if given is None else given
+
+
+def _adalora_arguments(lora: Any, layers: Sequence[str]) -> dict[str, Any]:
+    first = _first_rank(lora.r, {"init_r": None, **lora.options})
+    sizes = {"target_r": lora.r, "init_r": first, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    return {**sizes, "tinit": 0, "tfinal": 0, "total_step": UNKNOWN_STEPS}
+
+
+def _adalora_reason(lora: Any) -> str | None:
+    options = {**KINDS["adalora"].options, **lora.options}
+    if (first := _first_rank(lora.r, options)) <= lora.r:
+        return (
+            f"lora.options.init_r={first} must be above lora.r={lora.r}, the rank that the layers have on average then"
+        )
+    if options["deltaT"] < 1 or min(options["tinit"], options["tfinal"], options["orth_reg_weight"]) < 0:
+        return "lora.options.deltaT must be at least 1, and tinit, tfinal and orth_reg_weight at least 0"
+    if not (0 < options["beta1"] < 1 and 0 < options["beta2"] < 1):
+        return "lora.options.beta1 and beta2 must lie between 0 and 1"
+    return None
+
+
+UNKNOWN_STEPS = 1 << 30
+"""AdaLoRA's number of steps until the training begins, which knows it."""
+
+KINDS["adalora"] = AdapterKind(
+    title="AdaLoRA",
+    config="AdaLoraConfig",
+    arguments=_adalora_arguments,
+    sizes=lambda layer, rank, options: tuple(
+        _first_rank(rank, options) * width for width in (layer.inputs, layer.outputs, 1)
+    ),
+    fields=frozenset(("r", "alpha", "dropout")),
+    options={
+        "init_r": None,
+        "tinit": 0.1,
+        "tfinal": 0.3,
+        "deltaT": 1,
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "orth_reg_weight": 0.5,
+    },
+    unsupported_reason=_adalora_reason,
+    change=Change.added,
+    fresh=(".lora_E", 0.0),
 )
