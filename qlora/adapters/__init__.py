@@ -8,6 +8,7 @@ from qlora.adapters.create import REWRITES_BASE, add_lora
 from qlora.adapters.head import HeadLayout, attach_head, read_head, write_head
 from qlora.adapters.load import continue_adapter, load_adapter
 from qlora.adapters.per_expert import save_per_expert
+from qlora.adapters.rank_schedule import build_rank_schedule
 from qlora.adapters.reference import reference_at_start, reference_of_trained
 from qlora.adapters.save import save_adapter, save_initial_adapter, verify_adapter
 
@@ -19,6 +20,7 @@ __all__ = [
     "add_lora",
     "attach_head",
     "average_trained",
+    "build_rank_schedule",
     "check_adapter_folder",
     "continue_adapter",
     "count_parameters",

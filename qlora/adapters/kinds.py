@@ -19,7 +19,7 @@ from qlora.adapters.targets import find_targets, last_name
 from qlora.config.registries.adapter_kinds import KINDS, AdapterKind, Change
 from qlora.config.schema import LoraConfig
 from qlora.errors import ConfigError
-from qlora.upstream.peft import names_of_experts
+from qlora.upstream.peft import names_of_experts, without_penalty
 
 FRESH_LORA = (".lora_B.", 0.0)
 """As `AdapterKind.fresh`, of LoRA."""
@@ -60,7 +60,7 @@ def add_other_kind(config: LoraConfig, model: PreTrainedModel) -> PeftModel:
             warnings.filterwarnings(
                 "ignore", message="Invalid `(oft_block_size|r)`"
             )  # the nearest that divides is taken
-            return cast(PeftModel, get_peft_model(model, made))
+            return without_penalty(get_peft_model(model, made))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"lora.kind={config.kind}: PEFT cannot adapt this {model.config.model_type} so "

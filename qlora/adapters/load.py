@@ -23,7 +23,7 @@ from qlora.errors import DataError
 from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.json_files import read_object
 from qlora.text import brief_text
-from qlora.upstream.peft import base_of, names_kept, rank_of, rename_experts
+from qlora.upstream.peft import base_of, names_kept, rank_of, rename_experts, without_penalty
 from qlora.upstream.torch_models import weight_of
 
 LINEAR_PART = re.compile(r"base_model\.model\.(.+)\.lora_(A\.weight|B\.weight|magnitude_vector)")
@@ -80,7 +80,7 @@ def load_adapter(
         keep_biases(adapted, biases)
     if isinstance(peft_config, PeftLoraConfig):
         complete_adapter(adapted, dropout or 0.0)
-    return adapted
+    return without_penalty(adapted)
 
 
 def check_fit(model: torch.nn.Module, folder: Path, base_name: str, key: str) -> dict[str, Any]:

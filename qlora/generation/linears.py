@@ -103,7 +103,13 @@ def _is_computable(module: nn.Module) -> bool:
     is_packed = read_quantized_weight(weight_of(layer)) is not None
     if not isinstance(module, LoraLayer):
         return is_packed
-    if not module.lora_A or module.lora_variant or module.merged or any(module.lora_bias.values()):
+    if (
+        hasattr(module, "lora_E")
+        or not module.lora_A
+        or module.lora_variant
+        or module.merged
+        or any(module.lora_bias.values())
+    ):
         return False
     return is_packed or weight_of(layer).is_floating_point()
 

@@ -97,6 +97,10 @@ def _lora(settings: Settings) -> Iterator[Part]:
         yield write_override(ours, unset if value is None else value)
         if value is None:
             yield Lost(f"Axolotl does not start without it: PEFT's {unset} is taken", key)
+    for key, ours in (("lora_rank_pattern", "lora.rank_pattern"), ("lora_alpha_pattern", "lora.alpha_pattern")):
+        yield from shared_rules.choose_pattern(settings.take(key), ours, key)
+    if (layers := settings.take("peft_layers_to_transform")) is not None:
+        yield write_override("lora.layers", layers)
     if (parameters := settings.take("lora_target_parameters")) is not None:
         yield from shared_rules.choose_parameters(parameters, settings.look("lora_r", 8), "lora_target_parameters")
     peft = settings.take("peft", {})

@@ -53,7 +53,7 @@ def _model(settings: Settings) -> Iterator[Part]:
 
 def _bits(settings: Settings) -> Iterator[Part]:
     kind = str(settings.take("finetuning_type"))
-    if kind not in ("lora", "full"):
+    if kind not in ("lora", "oft", "full"):
         yield Lost("an adapter is trained in its place: here are LoRA and all weights (lora=none)", "finetuning_type")
     bits = settings.take("quantization_bit")
     if bits not in (None, 4, 8):
@@ -74,6 +74,9 @@ def _bits(settings: Settings) -> Iterator[Part]:
 
 
 def _lora(settings: Settings) -> Iterator[Part]:
+    if settings.look("finetuning_type") == "oft":
+        yield from _oft(settings)
+        return
     r = int(settings.take("lora_rank"))
     yield f"lora.r={r}"
     yield write_override("lora.alpha", settings.take("lora_alpha") or 2 * r)
@@ -83,6 +86,17 @@ def _lora(settings: Settings) -> Iterator[Part]:
             yield Lost("needs 16-bit weights here too; lora.init=loftq or eva start well on 4-bit ones", "pissa_init")
         else:
             yield "lora.init=pissa"
+
+
+def _oft(settings: Settings) -> Iterator[Part]:
+    settings.read |= {"lora_rank", "lora_alpha", "lora_target", "lora_dropout", "oft_rank"}
+    yield "lora=oft"
+    yield write_override("lora.options.oft_block_size", settings.take("oft_block_size") or 32)
+    if settings.look("oft_rank"):
+        yield Lost("the size of blocks is set here, not their number: set lora.options.oft_block_size", "oft_rank")
+    if dropout := settings.take("module_dropout"):
+        yield write_override("lora.options.module_dropout", float(dropout))
+    yield from shared_rules.choose_targets(settings.take("oft_target") or "all")
 
 
 def _optimizer(settings: Settings) -> Iterator[Part]:

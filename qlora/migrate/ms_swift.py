@@ -81,7 +81,9 @@ def _tuner(settings: Settings) -> str:
 def _bits(settings: Settings) -> Iterator[Part]:
     tuner = _tuner(settings)
     settings.read.add("tuner_type")
-    if tuner not in LEARNING_RATES:
+    if tuner in ("vera", "ia3"):
+        yield from _other_kind(settings, tuner)
+    elif tuner not in LEARNING_RATES:
         yield Lost("a LoRA adapter is trained in its place: here are LoRA and all weights (lora=none)", "tuner_type")
     method, bits = settings.take("quant_method"), settings.take("quant_bits") or settings.take("quantization_bit")
     number = 16
@@ -109,6 +111,18 @@ def _bits(settings: Settings) -> Iterator[Part]:
     rate = settings.take("learning_rate") if "learning_rate" in settings else LEARNING_RATES.get(tuner, 1e-4)
     settings.read.add("learning_rate")
     yield write_override("trainer.learning_rate", rate)
+
+
+def _other_kind(settings: Settings, tuner: str) -> Iterator[Part]:
+    """Yields the adapter of a kind beside LoRA."""
+    settings.read |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "init_weights"}
+    yield f"lora={tuner}"
+    if tuner == "vera":
+        yield write_override("lora.r", settings.take("vera_rank") or 256)
+        yield write_override("lora.dropout", settings.take("vera_dropout") or 0.0)
+        for key in ("d_initial", "projection_prng_key"):
+            if (value := settings.take(f"vera_{key}")) is not None:
+                yield write_override(f"lora.options.{key}", value)
 
 
 def _steps(settings: Settings) -> Iterator[Part]:

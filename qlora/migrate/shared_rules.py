@@ -81,6 +81,17 @@ def choose_targets(named: Any, everything: Sequence[str] = ("all-linear", "all")
     yield write_override("lora.target_modules", "all-linear" if is_every else names)
 
 
+def choose_pattern(pattern: Any, ours: str, key: str) -> Iterator[Part]:
+    """Yields the ranks or alphas of layers that a config names for PEFT, which reads regular expressions otherwise."""
+    if not pattern:
+        return
+    entries = {str(name).removeprefix("^").removesuffix("$"): value for name, value in dict(pattern).items()}
+    if all(re.fullmatch(r"[\w.]+", name, re.ASCII) for name in entries):
+        yield write_override(ours, entries)
+    else:
+        yield Lost(f"its regular expressions match ends of names: write {ours} with those of whole names", key)
+
+
 def choose_parameters(named: Any, rank: int, key: str) -> Iterator[Part]:
     """Yields the adapters on 3-D parameters that a config names for PEFT's `target_parameters`, with its rank."""
     names = named if isinstance(named, list) else [name.strip() for name in str(named).split(",")]

@@ -65,6 +65,7 @@ ADDED_KEYS: dict[str, Any] = {
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
     "lora.freeze_a": False,
+    "lora.parameters": None,
     "trainer.label_smoothing_factor": 0.0,
     "trainer.neftune_noise_alpha": None,
     "trainer.keep": "last",

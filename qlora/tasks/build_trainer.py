@@ -107,6 +107,7 @@ def build_trainer(
         measure=measure,
         verify=session.finish_adapter,
         loraplus_lr_ratio=config.lora.loraplus_lr_ratio if config.lora.enabled else None,
+        ranks=adapters.build_rank_schedule(config.lora, model),
         step=step,
         objective=session.objective,
         meter=meter,

@@ -15,6 +15,7 @@ from qlora.config.schema.values import written
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.json_files import read_object
 from qlora.runtime.run_folder import find_adapter
+from qlora.tasks.lora_size import with_size
 from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
 
 RUNS = Path("outputs") / "runs"
@@ -26,14 +27,15 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "*.json")
 def with_start(config: Config, overrides: Sequence[str] = ()) -> Config:
     """Returns a config whose `lora` is that of the adapter that `lora.start` names, and `lora.start` its folder.
 
-    Without `lora.start` it is returned unchanged. Raises a `UserError` for an adapter that cannot be trained further,
+    Without `lora.start` and `lora.parameters` it is returned unchanged.
+    Raises a `UserError` for an adapter that cannot be trained further,
     and for one of `overrides` that asks for another adapter than it is.
     """
     for key in (text.partition("=")[0].lstrip("+") for text in overrides):
         if key.startswith("lora.") and (reason := unread_reason(config.lora, key.removeprefix("lora."))) is not None:
             raise ConfigError(reason)
     if config.lora.start is None:
-        return config
+        return with_size(config)
     folder = find_start(config)
     settings = read_object(folder / "adapter_config.json", f"lora.start={config.lora.start}")
     _check_kind(settings, config)

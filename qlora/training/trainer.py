@@ -68,6 +68,7 @@ from qlora.training.memory_budget import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.optimizer import create_loraplus, optimizer_class, resolve_schedule_steps
 from qlora.training.peak_memory import PeakMemory
+from qlora.training.ranks import RankCallback, Ranks
 from qlora.training.routing import build_routing_meter
 from qlora.training.stopping import Agreement, Stop
 from qlora.training.watchdog import Halted, Rollback, Watchdog
@@ -123,12 +124,14 @@ class QLoraTrainer(Trainer):
         name_rows: Callable[[int], list[NamedRow]],
         callbacks: list[TrainerCallback],
         needed: Needed = needs_none,
+        ranks: Ranks | None = None,
     ) -> None:
         """Takes the parts of a training run.
 
         `measure` measures the held-out rows, `verify` completes and checks a saved adapter, and `name_rows` returns the
         rows of an item of `rows` with their names: those in a pack. `needed` names the checkpoints that
-        `save_total_limit` leaves; `metadata` is stored with each checkpoint.
+        `save_total_limit` leaves; `metadata` is stored with each checkpoint. `ranks` is the schedule of an adapter
+        whose ranks change.
         """
         check_trainer()
         self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
@@ -139,7 +142,7 @@ class QLoraTrainer(Trainer):
         self._unreported_tokens = self._logged_step = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
-        self.metadata, self.agreement = metadata, Agreement(stop)
+        self.metadata, self.agreement, self.ranks = metadata, Agreement(stop), ranks
         self.checkpoints = CheckpointWriter(output_folder(arguments), estimate_checkpoint(model), needed)
         self._is_over = False
         super().__init__(
@@ -154,6 +157,8 @@ class QLoraTrainer(Trainer):
         self.name_rows = name_rows
         self.watchdog = Watchdog(watchdog, arguments.device, find_rows=self._find_bad_rows, scales=self._scales)
         self.add_callback(self.watchdog)
+        if ranks is not None:
+            self.add_callback(RankCallback(ranks))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -223,7 +228,11 @@ class QLoraTrainer(Trainer):
         can_be_cut = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # losses then add up
         can_be_cut &= self._row_loss is None or self._row_loss.is_separable
         rows = len(inputs["input_ids"]) if can_be_cut else 1
-        return self.watchdog.add_loss(self.memory.run(inputs, learn, model.zero_grad, rows=rows))
+        loss = self.memory.run(inputs, learn, model.zero_grad, rows=rows)
+        if self.ranks is not None and self.accelerator.sync_gradients:
+            scaler = getattr(self.accelerator, "scaler", None)
+            self.ranks.penalise(1.0 if scaler is None else scaler.get_scale())
+        return self.watchdog.add_loss(loss)
 
     # Batches
 
@@ -375,6 +384,8 @@ class QLoraTrainer(Trainer):
         losses = {"total": sums.total, "unlogged": sums.unlogged, "logged": sums.logged, "over": self._ended_itself}
         write_text(folder / LOSS_FILE, json.dumps(losses) + "\n")
         self.watchdog.save(folder)
+        if self.ranks is not None:
+            self.ranks.save(folder)
         if state_dict is None:  # else it is gathered from several devices
             self.verify(folder, self.model)
 
@@ -396,6 +407,8 @@ class QLoraTrainer(Trainer):
         """Loads the weights; raises `RunError` where they are another model's (`resume=force`)."""
         with fitting(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ranks is not None:
+            self.ranks.load(Path(resume_from_checkpoint))
 
     def load_weights(self, checkpoint: Path) -> None:
         """Gives the model the weights that were measured at a checkpoint, once the run has ended."""

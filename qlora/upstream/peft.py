@@ -6,12 +6,13 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from types import MethodType
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType
+from peft import AdaLoraModel, LoraConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.tuners.tuners_utils import BaseTuner, _check_lora_target_modules_mamba
 from peft.utils import transformers_weight_conversion
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -194,6 +195,20 @@ def rank_of(config: LoraConfig, name: str) -> int:
     ranks = config.rank_pattern or {}
     rank: int = ranks.get(get_pattern_key(list(ranks), name), config.r)
     return rank
+
+
+def without_penalty(model: Any) -> PeftModel:
+    """Returns a model of which PEFT's AdaLoRA leaves the loss alone; `qlora.adapters.rank_schedule` adds the penalty.
+
+    PEFT adds it to the loss of evaluations too, and fails there where the adapter is not trained. On a 4-bit base it
+    also trains the numbers of ranks, by which it divides (peft 0.21).
+    """
+    if isinstance(model.base_model, AdaLoraModel):
+        vars(model.base_model)["forward"] = MethodType(BaseTuner.forward, model.base_model)
+        for name, parameter in model.named_parameters():
+            if ".ranknum." in name:
+                parameter.requires_grad_(False)
+    return cast(PeftModel, model)
 
 
 def has_plain_lora(model: nn.Module) -> bool:

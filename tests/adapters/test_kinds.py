@@ -29,7 +29,8 @@ from tests.training.test_optimizers import check_exact, settings
 MORE: dict[str, list[list[str]]] = {
     "vera": [["lora.r=5", "lora.options={projection_prng_key: 3}"]],
     "oft": [["lora.options={oft_block_size: 24}"], ["lora.options={oft_block_size: 500, block_share: true}"],
-            ["lora.options={coft: true, eps: 0.5, use_cayley_neumann: false}"]],
+        ["lora.options={use_cayley_neumann: false}"]],
+    "adalora": [["lora.r=4", "lora.options={init_r: 9}"]],
     "ia3": [["lora.options={feedforward_modules: [o_proj]}"], ["lora.options={feedforward_modules: []}"]],
 }  # fmt: skip
 """Settings of a kind with which it is planned and saved too."""
@@ -91,7 +92,10 @@ def test_a_run_resumes_exactly(tmp_path: Path, kind: str) -> None:
     def adapt(model: Any) -> Any:
         return adapters.add_lora(lora, model, tensors=dict, new_token_ids=[], batches=[])
 
-    check_exact(tmp_path, settings(), adapt=adapt)
+    def ranks(model: Any) -> Any:
+        return adapters.build_rank_schedule(lora, model)
+
+    check_exact(tmp_path, settings(), adapt=adapt, ranks=ranks)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -75,6 +75,7 @@ def build(
     adapt: Callable[[Any], Any] = lambda model: get_peft_model(
         model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     ),
+    ranks: Callable[[Any], Any] = lambda model: None,
 ) -> QLoraTrainer:
     device = torch.device("cuda") if OPTIMIZERS[config.optim].needs_cuda else CPU
     torch.manual_seed(0)
@@ -92,6 +93,7 @@ def build(
         measure=measure or (lambda model, step: {"loss": 2.0 + step}),
         verify=lambda folder, model: None,
         loraplus_lr_ratio=loraplus,
+        ranks=ranks(model),
         step=FastStep(
             model, config, QuantizationConfig(bits=32), Placement(device, torch.float32, torch.float32), None, SFT
         ),

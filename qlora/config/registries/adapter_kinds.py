@@ -41,6 +41,8 @@ class AdapterKind:
     """Returns what that class takes beside the layers and `options`, of `lora` and the names of the layers."""
     sizes: Callable[[LayerSize, int, Mapping[str, Any]], tuple[int, ...]]
     """Returns the elements of each tensor that is trained in a layer, of the rank and the options."""
+    size: str | None = None
+    """Of a kind without a rank, the option that says how large the adapter is, where there is one."""
     fields: frozenset[str] = frozenset()
     """The fields of `lora` that it reads, beside those that every kind reads."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -49,6 +51,8 @@ class AdapterKind:
     fresh: tuple[str, float]
     """A part of the name of the tensors that begin as one number, and this number: all of them are that before the
     first step."""
+    unsupported_reason: Callable[[Any], str | None] = lambda lora: None
+    """Returns why the values of `lora` do not fit together; None: they do."""
     shared: Callable[[Sequence[LayerSize], int], int] = lambda layers, rank: 0
     """Returns the elements of frozen tensors that all layers share."""
 
@@ -57,12 +61,17 @@ class AdapterKind:
         return {**self.options, **options}
 
     @property
+    def is_sized(self) -> bool:
+        """Whether a number decides how many parameters train: `lora.r`, or the option `size`."""
+        return self.has_rank or self.size is not None
+
+    @property
     def has_rank(self) -> bool:
         """Whether `lora.r` says how large the adapter is."""
         return "r" in self.fields
 
 
-EVERY_KIND = frozenset(("enabled", "kind", "options", "target_modules", "layers", "exclude"))
+EVERY_KIND = frozenset(("enabled", "kind", "options", "target_modules", "layers", "exclude", "parameters"))
 """The fields of `lora` that every kind reads."""
 
 KINDS: dict[str, AdapterKind] = {}
@@ -97,11 +106,10 @@ KINDS["oft"] = AdapterKind(
     config="OFTConfig",
     arguments=lambda lora, layers: {"r": 0},
     sizes=_oft_sizes,
-    options={
+    size="oft_block_size",
+    options={  # not `coft`, which changes what is trained in every forward pass, evaluation included
         "oft_block_size": 32,
         "module_dropout": 0.0,
-        "coft": False,
-        "eps": 6e-5,
         "block_share": False,
         "use_cayley_neumann": True,
         "num_cayley_neumann_terms": 5,
@@ -130,4 +138,55 @@ KINDS["ia3"] = AdapterKind(
     options={"feedforward_modules": IA3_INPUTS},
     change=Change.scaled,
     fresh=(".ia3_l", 1.0),
+)
+
+
+def _first_rank(rank: int, options: Mapping[str, Any]) -> int:
+    """Returns the rank with which AdaLoRA begins: `init_r`, or half as much again as the rank it ends with."""
+    given: int | None = options["init_r"]
+    return rank + max(rank // 2, 1) if given is None else given
+
+
+def _adalora_arguments(lora: Any, layers: Sequence[str]) -> dict[str, Any]:
+    first = _first_rank(lora.r, {"init_r": None, **lora.options})
+    sizes = {"target_r": lora.r, "init_r": first, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    return {**sizes, "tinit": 0, "tfinal": 0, "total_step": UNKNOWN_STEPS}
+
+
+def _adalora_reason(lora: Any) -> str | None:
+    options = {**KINDS["adalora"].options, **lora.options}
+    if (first := _first_rank(lora.r, options)) <= lora.r:
+        return (
+            f"lora.options.init_r={first} must be above lora.r={lora.r}, the rank that the layers have on average then"
+        )
+    if options["deltaT"] < 1 or min(options["tinit"], options["tfinal"], options["orth_reg_weight"]) < 0:
+        return "lora.options.deltaT must be at least 1, and tinit, tfinal and orth_reg_weight at least 0"
+    if not (0 < options["beta1"] < 1 and 0 < options["beta2"] < 1):
+        return "lora.options.beta1 and beta2 must lie between 0 and 1"
+    return None
+
+
+UNKNOWN_STEPS = 1 << 30
+"""AdaLoRA's number of steps until the training begins, which knows it."""
+
+KINDS["adalora"] = AdapterKind(
+    title="AdaLoRA",
+    config="AdaLoraConfig",
+    arguments=_adalora_arguments,
+    sizes=lambda layer, rank, options: tuple(
+        _first_rank(rank, options) * width for width in (layer.inputs, layer.outputs, 1)
+    ),
+    fields=frozenset(("r", "alpha", "dropout")),
+    options={
+        "init_r": None,
+        "tinit": 0.1,
+        "tfinal": 0.3,
+        "deltaT": 1,
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "orth_reg_weight": 0.5,
+    },
+    unsupported_reason=_adalora_reason,
+    change=Change.added,
+    fresh=(".lora_E", 0.0),
 )

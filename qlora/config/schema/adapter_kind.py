@@ -47,6 +47,8 @@ def check_kind(lora: LoraConfig) -> None:
             "leave one of them out"
         )
     _check_options(lora)
+    if (reason := kind.unsupported_reason(lora)) is not None:
+        raise ConfigError(reason)
 
 
 def _check_options(lora: LoraConfig) -> None:

@@ -38,6 +38,9 @@ class LoraConfig:
     group and `lora.options`."""
     r: int = MISSING
     """Rank of the adapter matrices."""
+    parameters: int | None = None
+    """How many parameters train at most: the largest rank that keeps to it takes the place of `r`, and `alpha` keeps
+    its proportion to `r`. Unset: `r` as it stands."""
     alpha: float = MISSING
     """The adapter's output is scaled by `alpha / r` (with `use_rslora`: `alpha / sqrt(r)`)."""
     dropout: float = 0.0
@@ -141,6 +144,7 @@ class LoraConfig:
             )
             rule = f"be a mapping from module names to {'ranks' if kinds is int else 'positive numbers'}"
             require(is_pattern, f"lora.{name}", rule, pattern)
+        self._check_parameters()
         if self.rank_pattern and self.init is LoraInit.eva:
             raise ConfigError(
                 "lora.rank_pattern and lora.init=eva exclude each other: EVA chooses ranks by what the layers "
@@ -151,6 +155,26 @@ class LoraConfig:
                 f"lora.freeze_a=true trains B alone, and lora.loraplus_lr_ratio={self.loraplus_lr_ratio:g} compares "
                 "its learning rate with that of A; leave one of them out"
             )
+
+    def _check_parameters(self) -> None:
+        """Refuses a number of parameters where no rank decides it."""
+        if self.parameters is None:
+            return
+        require(self.parameters > 0, "lora.parameters", "be positive, or null for lora.r as it stands", self.parameters)
+        kind = self.other_kind
+        reasons = {
+            "lora=none": (not self.enabled, "all weights train"),
+            f"lora.kind={self.kind}": (kind is not None and not kind.is_sized, "nothing decides how many it trains"),
+            "lora.start": (self.start is not None, "that adapter keeps its rank"),
+            "lora.rank_pattern": (bool(self.rank_pattern), "it sets ranks itself"),
+            "lora.expert_r": (self.expert_r is not None, "it sets a rank itself"),
+            f"lora.bias={self.bias.value}": (self.bias is not LoraBias.none, "biases are not counted"),
+        }
+        for name, (is_set, reason) in reasons.items():
+            if is_set:
+                raise ConfigError(
+                    f"lora.parameters={self.parameters} and {name} exclude each other: {reason}; leave one of them out"
+                )
 
     def _check_experts(self) -> None:
         """Refuses what adapters on experts or routers are asked for, and have no meaning there."""
