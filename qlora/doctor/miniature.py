@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel, set_seed
 
 from qlora import adapters
-from qlora.config.registries.objectives import RowKind
+from qlora.config.registries.objectives import Head, RowKind
 from qlora.config.schema import ArchitectureConfig, Config, LoraInit, Weights
 from qlora.experts.layout import find_experts
 from qlora.models import loading
@@ -162,6 +162,8 @@ def _head(config: Config) -> adapters.HeadLayout | None:
     """Returns a head as the config's, with as many outputs as it names, or two."""
     if not config.loss.has_head:
         return None
+    if config.loss.head is Head.embed:
+        return adapters.HeadLayout(Head.embed, 0, pooling="last")
     count = 1 if config.loss.is_preference else len(config.head.labels or ()) or 2
     return adapters.HeadLayout(config.loss.head, count)
 
@@ -191,6 +193,9 @@ def _batch(ids: Tensor, objective: Any) -> dict[str, Tensor]:
         batch = dict.fromkeys(batch, torch.stack([ids, torch.cat([ids[:, :2], ids[:, 2:] + 1], 1)], 1))
         if "desirable" in objective.columns:
             batch["desirable"] = torch.arange(len(ids), device=ids.device) % 2 == 0
+    elif isinstance(objective, HeadLoss) and objective.rows is RowKind.texts:
+        batch = dict.fromkeys(batch, torch.stack([ids, ids + 1], 1))
+        batch[TRUTH] = torch.arange(len(ids), device=ids.device)[:, None]
     elif isinstance(objective, HeadLoss):
         truth = torch.arange(len(ids), device=ids.device) % 2
         batch[TRUTH] = truth if objective.rows is RowKind.classes else torch.stack([truth, 1 - truth], 1).float()

@@ -50,6 +50,9 @@ class LossConfig:
     """The weight of answers that are labelled bad."""
     center_rewards: float | None = None
     """The weight of the squared sum of both rewards of a pair, which keeps them around 0."""
+    temperature: float | None = None
+    """What cosines are divided by where a text's partner is to be found: the smaller, the more the nearest wrong texts
+    count."""
     options: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any]})
     """Settings of an objective of another package, e.g. `{smoothing: 0.1}`; those of this package have none."""
 
@@ -84,6 +87,7 @@ class LossConfig:
         limits = {
             "beta": (lambda value: 0 < value < math.inf, "be positive and finite"),
             "label_smoothing": (lambda value: 0 <= value < 0.5, "be at least 0 and below 0.5"),
+            "temperature": (lambda value: 0 < value < math.inf, "be positive and finite"),
             "gamma": (lambda value: 0 <= value < math.inf, "be at least 0 and finite"),
             "sft_weight": (lambda value: 0 <= value < math.inf, "be at least 0 and finite"),
             "desirable_weight": (lambda value: 0 < value < math.inf, "be positive and finite"),
