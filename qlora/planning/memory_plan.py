@@ -135,6 +135,8 @@ class Ledger:
                 if linear.name in names:
                     sizes.update({size: count * copies for size, copies in self._adapter(linear).items()})
         sizes.update(self._on_experts)
+        if self.setup.head_outputs:
+            sizes[self.shape.hidden * self.setup.head_outputs] += 1
         return sizes
 
     @property

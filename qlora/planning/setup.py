@@ -51,6 +51,8 @@ class Setup:
     """The share of the tokens that the loss counts."""
     attended: float = 1.0
     """Tokens in attention for each token that layers compute: more than 1 where answers share their prompts."""
+    head_outputs: int = 0
+    """The numbers that a head makes of a text; 0: there is no matrix for them."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 

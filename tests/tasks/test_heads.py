@@ -40,12 +40,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def class_rows(count: int) -> list[dict[str, Any]]:
-    """Five words each, of which three are of the class and two of others, in any order."""
+    """Five words each, of which four are of the class and one is of another, in any order."""
     stream, rows = random.Random(0), list[dict[str, Any]]()
     for _ in range(count):
         label = stream.choice(list(WORDS))
         others = [name for name in WORDS if name != label]
-        chosen = [*stream.sample(WORDS[label], 3), *(stream.choice(WORDS[stream.choice(others)]) for _ in range(2))]
+        chosen = [*stream.choices(WORDS[label], k=4), stream.choice(WORDS[stream.choice(others)])]
         stream.shuffle(chosen)
         rows.append({"text": " ".join(chosen), "label": label})
     return rows
@@ -65,6 +65,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("classifier")
     return folder, run(folder, "head=classify", f"data.path={rows}")
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_far_more_than_the_most_frequent_class(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", class_rows(400))
+    result = run(tmp_path / "run", "head=classify", f"data.path={path}", "data.eval_dataset_size=60",
+                 "trainer.max_steps=50", "trainer.per_device_train_batch_size=16", "trainer.eval_steps=50",
+                 "lora.dropout=0", "lora.target_modules=all-linear", "task.predict=false")  # fmt: skip
+    assert result["intervals"]["eval_accuracy"][0] > 0.6
+    assert result["metrics"]["base_eval_accuracy"] < 0.5
+    assert result["gains"]["accuracy"]["low"] > 0.2
 
 
 def plain_logits(folder: Path, texts: list[str], *, side: str) -> torch.Tensor:

@@ -78,6 +78,18 @@ class HeadConfig:
         return self.dtype is HeadDtype.bf16
 
 
+def planned_outputs(head: HeadConfig, loss: LossConfig, data: DataConfig) -> int:
+    """Returns how many numbers the head makes of a text, as far as the config says it; 0: there is no matrix.
+
+    Of classes that only the rows know it is 2, of their numbers 1.
+    """
+    if loss.head is Head.classify:
+        return len(head.labels or ()) or 2
+    if loss.head is Head.regress:
+        return 1 if loss.is_preference else len(data.label_columns or ()) or 1
+    return 0
+
+
 def check_head(
     head: HeadConfig,
     loss: LossConfig,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -186,7 +186,7 @@ class RowEncoder:
 
     def _call_ids(self, text: str) -> tuple[list[int], bool]:
         """Returns the ids of a text within the limit, and whether that cuts it."""
-        call = partial(self.base, text, split_special_tokens=True, verbose=False)
+        call: Callable[..., BatchEncoding] = partial(self.base.__call__, text, split_special_tokens=True, verbose=False)
         ids, limit = list(call()["input_ids"]), self.limits.max_length
         if limit is None or len(ids) <= limit:
             return ids, False

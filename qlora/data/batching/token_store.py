@@ -326,7 +326,7 @@ def _encode(job: Job, pending: list[_PendingRow]) -> list[Encoded]:
 
 
 def _encode_question(job: Job, pending_row: _PendingRow) -> Encoded:
-    assert not isinstance(pending_row.example, Pair | Labelled), "only rows of tokens may ask"
+    assert not isinstance(pending_row.example, Pair | Labelled | WholeText), "only rows of tokens may ask"
     try:
         return job.tokenizer.encode_question(pending_row.example)
     except UserError as error:
