@@ -39,7 +39,13 @@ from qlora.config.schema import (
 from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.schema.loss import may_share_prompts
 from qlora.config.training_length import TrainingLength, training_length
-from qlora.data.batching.collate import Collator, SharedPromptsCollator, SidesCollator, WholeTextsCollator
+from qlora.data.batching.collate import (
+    Collator,
+    PartnersCollator,
+    SharedPromptsCollator,
+    SidesCollator,
+    WholeTextsCollator,
+)
 from qlora.data.batching.row_encoder import RowEncoder, build_encoder
 from qlora.data.chat.templates import choose_saved_template
 from qlora.data.data_set import Questions
@@ -102,6 +108,8 @@ from qlora.upstream.transformers import token_ids
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+RowsCollator = Collator | SharedPromptsCollator | SidesCollator | WholeTextsCollator | PartnersCollator
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,7 @@ class Session:
         """Turns rows into padded tensors."""
         return Collator(self.pad_token_id)
 
-    def collator(self, width: int = 0) -> Collator | SharedPromptsCollator | SidesCollator | WholeTextsCollator:
+    def collator(self, width: int = 0) -> RowsCollator:
         """Returns what makes batches of rows or packs to train on, each at least `width` tokens wide."""
         if (packed := self.data.packed) is not None:
             return Collator(self.pad_token_id, width=width, most_cells=(packed.most_cells or 0) if width else 0)
@@ -215,8 +223,10 @@ class Session:
         return Collator(self.pad_token_id, width=width) if self.row_kind is RowKind.tokens else self._sides
 
     @property
-    def _whole_texts(self) -> WholeTextsCollator:
+    def _whole_texts(self) -> WholeTextsCollator | PartnersCollator:
         """Lays what a head is to say beside each text."""
+        if self.row_kind is RowKind.texts:
+            return PartnersCollator(self.pad_token_id)
         return WholeTextsCollator(self.pad_token_id, self.head.labels)
 
     @property
@@ -345,7 +355,7 @@ class Session:
     @property
     def baseline(self) -> str:
         """What is measured beside what was trained."""
-        return self.objective.constant_name if isinstance(self.objective, HeadLoss) else "the untuned base"
+        return getattr(self.objective, "constant_name", "") or "the untuned base"
 
     @cached_property
     def head(self) -> adapters.HeadLayout:
@@ -358,6 +368,9 @@ class Session:
             return saved
         if loss.is_preference:
             return adapters.HeadLayout(Head.regress, 1, is_reward=True)
+        if self.row_kind is RowKind.texts:
+            self._check_partners()
+            return adapters.HeadLayout(Head.embed, 0, pooling="mean" if self.config.head.pools_mean else "last")
         if self.needs.rows is not Rows.all or self.data.train is None:
             raise DataError(
                 f"head={self.config.head.name.value} says nothing without an adapter, in which its head is saved; name "
@@ -376,7 +389,9 @@ class Session:
 
     def _check_classes(self, rows: Dataset) -> None:
         """Refuses a held-out text of a class that no row to train on has."""
-        if self.row_kind is RowKind.classes:
+        if self.row_kind is RowKind.texts:
+            self._check_measured(is_scored=bool(rows[0]["values"]))
+        elif self.row_kind is RowKind.classes:
             known = set(self.head.labels)
             if unknown := [
                 (row, name) for row, name in zip(rows["row"], rows["label"], strict=True) if name not in known
@@ -392,6 +407,27 @@ class Session:
                 f"{self.config.data.name}: held-out rows hold {count} numbers, and the head says {self.head.outputs}; "
                 "name the columns that it was trained on with data.label"
             )
+
+    def _check_partners(self) -> None:
+        """Refuses micro-batches of one pair, in which there is no wrong text."""
+        rows = self.data.train if self.reads_rows else None
+        alone = self.config.trainer.per_device_train_batch_size == 1
+        if rows is not None and alone and len(rows[0]["partners"]) == 1 and not rows[0]["values"]:
+            raise ConfigError(
+                "trainer.per_device_train_batch_size=1 leaves a pair alone, and head=embed learns from the texts of "
+                "the other rows of a micro-batch; set it to 2 or more (8 to 64 are usual), or give a column negative"
+            )
+
+    def _check_measured(self, *, is_scored: bool) -> None:
+        """Refuses to go by a measure that texts with scores have, or those without."""
+        missing = ("mrr", "ndcg") if is_scored else ("pearson", "spearman")
+        for key, name in (("objective", self.config.objective), ("trainer.keep_metric", self.config.kept_metric)):
+            if name is not None and name.removeprefix("base_").removeprefix("eval_") in missing:
+                what = "have scores, of which correlations are" if is_scored else "have no scores, and ranks are"
+                raise ConfigError(
+                    f"{key}={name}: the held-out rows {what} measured; choose "
+                    f"{'eval_spearman' if is_scored else 'eval_ndcg'}, or leave it out"
+                )
 
     @property
     def reads_rows(self) -> bool:
@@ -655,7 +691,7 @@ class Session:
             return model
         if full is None:
             base = self.load_base()
-            if self.config.loss.has_head:
+            if self.config.loss.has_head and self.head.outputs:
                 adapters.attach_head(base, self.head.outputs)
             if self._compares_rows:
                 self.reference = contextlib.nullcontext  # the base is its own reference
@@ -684,6 +720,8 @@ class Session:
             )
         if saved is not None and saved.name is not loss.head:
             raise DataError(f"adapter={adapter} is a {saved.kind}; add {saved.setting}, or name another adapter")
+        if saved is not None and saved.pooling and saved.pooling != self.config.head.pooling:
+            raise DataError(f"adapter={adapter} was trained with head.pooling={saved.pooling}; set it so")
         if saved is None and loss.has_head:
             kind, setting = ("reward model", "loss=reward") if loss.is_preference else ("model with a head", "head")
             raise DataError(f"adapter={adapter} is no {kind}; leave {setting} out, or name another adapter")
@@ -792,7 +830,7 @@ class Session:
 
         Raises `UserError` if its loss is NaN or infinite.
         """
-        if self.head_measurer is not None:
+        if self.head_measurer is not None and self.head_measurer.loss.constant_name:
             return self.in_main_process(self.head_measurer.measure_constant)
         measured = self.measure(model)
         if not math.isfinite(measured.metrics.get("loss", 0.0)):
@@ -818,7 +856,10 @@ class Session:
         if is_of_answers:
             measured |= self._count_wins(measured)
         tokens = ["perplexity"] if self.measurer.reads_tokens else []
-        names = ["loss", *tokens, *self.config.loss.measured, *([kept] if is_of_answers else [])]
+        asked = self.config.loss.measured
+        if not tokens:  # which of them are measured depends on the rows
+            asked = [name for name in asked if name in measured.metrics]
+        names = ["loss", *tokens, *asked, *([kept] if is_of_answers else [])]
         metrics = {name: measured.metrics[name] for name in names}
         if self.suite is not None and self.suite.at_each_evaluation:
             metrics |= self._measure_suite(model).metrics

@@ -63,10 +63,11 @@ def add_lora(
     alpha: Any = config.alpha  # PEFT declares an integer, and divides any number by the rank
     bias: Any = config.bias.value
     alphas: Any = targets.alphas(config)
-    if head:
+    has_matrix = head is not None and head.outputs > 0
+    if head is not None and has_matrix:
         attach_head(model, head.outputs)
     peft_config = PeftLoraConfig(
-        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        task_type=_task_type(head),
         r=config.r,
         lora_alpha=alpha,
         lora_dropout=0.0 if targets.parameters else config.dropout,
@@ -90,7 +91,7 @@ def add_lora(
             f"({str(error).strip().splitlines()[0].rstrip('.')}); name other layers in lora.target_modules, or use "
             "lora=all-linear"
         ) from error
-    if head:
+    if has_matrix:
         start_head(adapted)
     if config.init is LoraInit.loftq:
         correct_quantization(adapted, original_weights(tensors(), model.base_model_prefix))
@@ -108,6 +109,13 @@ def add_lora(
     if config.per_expert:
         check_per_expert(adapted)
     return adapted
+
+
+def _task_type(head: HeadLayout | None) -> str:
+    """Returns what PEFT calls that which the model is for."""
+    if head is None:
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if head.outputs else "FEATURE_EXTRACTION"
 
 
 def complete_adapter(model: PeftModel, dropout: float) -> None:

@@ -30,6 +30,11 @@ CONFIG = "config.json"
 """Beside an adapter: the base's config with what its head says."""
 PROBLEMS = {Head.classify: "single_label_classification", Head.regress: "regression"}
 """What transformers calls that which a head is for."""
+KINDS = {Head.classify: "classifier", Head.regress: "regression", Head.embed: "model of embeddings"}
+POOLED = {"last": "last token", "mean": "mean of all tokens"}
+POOLING = "1_Pooling/config.json"
+POOLING_MODES = {"last": "lasttoken", "mean": "mean"}
+"""What sentence-transformers calls what a vector is made of."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,13 @@ class HeadLayout:
     """The classes, in the order of the outputs."""
     is_reward: bool = False
     """Whether its one output is the reward of a text, learned from pairs."""
+    pooling: str = ""
+    """What a vector is made of: `last` or `mean`; then there is no matrix."""
 
     @property
     def kind(self) -> str:
         """What a model with it is called."""
-        return (
-            "reward model" if self.is_reward else {Head.classify: "classifier", Head.regress: "regression"}[self.name]
-        )
+        return "reward model" if self.is_reward else KINDS[self.name]
 
     @property
     def setting(self) -> str:
@@ -58,6 +63,8 @@ class HeadLayout:
     def __str__(self) -> str:
         if self.labels:
             return f"{self.kind}, {self.outputs} classes: {listed(self.labels, 8)}"
+        if self.pooling:
+            return f"{self.kind}, unit vectors of the {POOLED[self.pooling]}"
         return f"{self.kind}, {plural(self.outputs, 'number')} a text"
 
 
@@ -81,7 +88,13 @@ def has_head(modules_to_save: object) -> bool:
 
 
 def write_head(layout: HeadLayout, base: PreTrainedModel, folder: Path, *, pad_token_id: int) -> None:
-    """Writes the config by which plain transformers builds the model that an adapter with a head belongs to."""
+    """Writes the config by which plain transformers builds the model that an adapter with a head belongs to.
+
+    Of embeddings it writes what sentence-transformers reads.
+    """
+    if layout.pooling:
+        _write_modules(layout.pooling, base, folder)
+        return
     config: Any = copy.deepcopy(base.config)
     config.num_labels = layout.outputs
     if layout.labels:
@@ -99,7 +112,7 @@ def write_head(layout: HeadLayout, base: PreTrainedModel, folder: Path, *, pad_t
 def read_head(folder: Path, key: str = "adapter") -> HeadLayout | None:
     """Returns what the outputs of a saved adapter's head are; None: it has none."""
     if not has_head(read_object(folder / ADAPTER_CONFIG, f"{key}={folder}").get("modules_to_save")):
-        return None
+        return _read_modules(folder, key)
     if not (folder / CONFIG).is_file():  # a reward model of an older version
         return HeadLayout(Head.regress, 1, is_reward=True)
     settings = read_object(folder / CONFIG, f"{key}={folder}")
@@ -113,3 +126,37 @@ def read_head(folder: Path, key: str = "adapter") -> HeadLayout | None:
         return HeadLayout(Head.regress, len(names), is_reward=problem is None)
     labels = tuple(str(names[str(index)]) for index in range(len(names)))
     return HeadLayout(Head.classify, len(labels), labels)
+
+
+def _write_modules(pooling: str, base: PreTrainedModel, folder: Path) -> None:
+    """Writes the modules of sentence-transformers: the model with its adapter, the pooling, the length of 1."""
+    settings = base.config.get_text_config()
+    types = {"": "models.Transformer", "1_Pooling": "models.Pooling", "2_Normalize": "models.Normalize"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.{kind}"}
+        for index, (path, kind) in enumerate(types.items())
+    ]
+    files = {
+        "modules.json": modules,
+        POOLING: {"embedding_dimension": settings.hidden_size, "pooling_mode": POOLING_MODES[pooling]},
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": getattr(settings, "max_position_embeddings", None)},
+        "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_modules(folder: Path, key: str) -> HeadLayout | None:
+    """Returns how the texts of a saved adapter are pooled; None: it is that of a language model."""
+    if not (folder / POOLING).is_file():
+        return None
+    mode = read_object(folder / POOLING, f"{key}={folder}").get("pooling_mode")
+    pooling = next((name for name, known in POOLING_MODES.items() if known == mode), None)
+    if pooling is None:
+        raise DataError(
+            f"{key}={folder}: its {POOLING} pools by {mode!r}, and what is known here are "
+            f"{' and '.join(POOLING_MODES.values())}; copy it again"
+        )
+    return HeadLayout(Head.embed, 0, pooling=pooling)

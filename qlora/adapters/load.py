@@ -55,7 +55,7 @@ def load_adapter(
     With `dropout` it is to be trained. Raises `DataError` for one of another base and for one with gaps.
     """
     check_adapter_folder(folder, key)
-    if (head := read_head(folder, key)) is not None:
+    if (head := read_head(folder, key)) is not None and head.outputs:
         attach_head(model, head.outputs)
     settings = check_fit(model, folder, base_name, key)
     biases = copy_biases(model) if settings.get("bias", "none") != "none" else None

@@ -158,6 +158,8 @@ def build_data(
     labels = _classes(sets, train) if train is not None and kind is RowKind.classes else ()
     if kind is RowKind.values:
         _check_numbers([rows for rows in (train, evaluated) if rows is not None])
+    if kind is RowKind.texts:
+        _check_partners([rows for rows in (train, evaluated) if rows is not None])
     packed, fraction = _pack(config, train, shares_prompts=shares_prompts)
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
@@ -230,6 +232,21 @@ def _classes(sets: Sequence[RowSet], train: Dataset) -> tuple[str, ...]:
             "to tell classes apart; add rows of another class, or name another column with data.label=COLUMN"
         )
     return tuple(labels)
+
+
+def _check_partners(parts: Sequence[Dataset]) -> None:
+    """Refuses rows of which some have a score or another number of texts, and others not."""
+    kinds = {
+        (len(partners) + 1, bool(values))
+        for rows in parts
+        for partners, values in zip(rows["partners"], rows["values"], strict=True)
+    }
+    if len(kinds) > 1:
+        said = " and ".join(f"{texts} texts{' and a score' if scored else ''}" for texts, scored in sorted(kinds))
+        raise DataError(
+            f"some rows hold {said}: all rows to train and to measure on need as many texts, and all a score or none; "
+            "give each kind a run of its own, or leave a column out"
+        )
 
 
 def _check_numbers(parts: Sequence[Dataset]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel, set_seed
 
 from qlora import adapters
-from qlora.config.registries.objectives import RowKind
+from qlora.config.registries.objectives import Head, RowKind
 from qlora.config.schema import ArchitectureConfig, Config, LoraInit, Weights
+from qlora.config.schema.head import planned_outputs
 from qlora.experts.layout import find_experts
 from qlora.models import loading
 from qlora.models.model_config import build_model_config
@@ -159,11 +160,12 @@ def _with_adapter(config: Config, base: PreTrainedModel) -> PreTrainedModel | Pe
 
 
 def _head(config: Config) -> adapters.HeadLayout | None:
-    """Returns a head as the config's, with as many outputs as it names, or two."""
+    """Returns a head as the config's, with as many outputs as it names."""
     if not config.loss.has_head:
         return None
-    count = 1 if config.loss.is_preference else len(config.head.labels or ()) or 2
-    return adapters.HeadLayout(config.loss.head, count)
+    if config.loss.head is Head.embed:
+        return adapters.HeadLayout(Head.embed, 0, pooling="last")
+    return adapters.HeadLayout(config.loss.head, planned_outputs(config.head, config.loss, config.data))
 
 
 def _no_tensors() -> RandomWeights:
@@ -191,9 +193,12 @@ def _batch(ids: Tensor, objective: Any) -> dict[str, Tensor]:
         batch = dict.fromkeys(batch, torch.stack([ids, torch.cat([ids[:, :2], ids[:, 2:] + 1], 1)], 1))
         if "desirable" in objective.columns:
             batch["desirable"] = torch.arange(len(ids), device=ids.device) % 2 == 0
+    elif isinstance(objective, HeadLoss) and objective.rows is RowKind.texts:
+        batch = dict.fromkeys(batch, torch.stack([ids, ids + 1], 1))
+        batch[TRUTH] = torch.arange(len(ids), device=ids.device)[:, None]
     elif isinstance(objective, HeadLoss):
         truth = torch.arange(len(ids), device=ids.device) % 2
-        batch[TRUTH] = truth if objective.rows is RowKind.classes else torch.stack([truth, 1 - truth], 1).float()
+        batch[TRUTH] = truth if objective.rows is RowKind.classes else truth[:, None].float()
     return batch
 
 

@@ -40,7 +40,7 @@ class Measurement:
     """What was measured, by plain names such as `loss` and `exact_match`."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, Score | RowStatistic] = field(default_factory=dict)
+    scores: Mapping[str, Score | RowStatistic] = field(default_factory=dict)
     """What each item earned, of the metrics that are means over items: for intervals and paired differences."""
     predictions: list[dict[str, Any]] = field(default_factory=list)
     """The answers behind the metrics, as `Measurer.predict` returns them."""
@@ -50,7 +50,7 @@ class Measurement:
     def __or__(self, other: Measurement) -> Measurement:
         return Measurement(
             self.metrics | other.metrics,
-            self.scores | other.scores,
+            {**self.scores, **other.scores},
             [*self.predictions, *other.predictions],
             [*self.records, *other.records],
         )

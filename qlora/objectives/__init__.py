@@ -21,6 +21,7 @@ LOSSES = {
     RowKind.labelled: ("loss_on_batch", "losses", "rewards"),
     RowKind.classes: ("loss_on_batch", "losses", "measures"),
     RowKind.values: ("loss_on_batch", "losses", "measures"),
+    RowKind.texts: ("loss_on_batch", "losses", "measures"),
 }
 """What computes the loss, by what a row is to it."""
 

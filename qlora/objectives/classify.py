@@ -48,6 +48,6 @@ class Classification(HeadLoss):
             for row in outputs.softmax(1).tolist()
         ]  # fmt: skip
 
-    def describe_truth(self, truth: Tensor, labels: Sequence[str]) -> list[str]:
+    def describe_truth(self, truth: Tensor, labels: Sequence[str]) -> list[str | None]:
         """Returns the class of each text."""
         return [labels[index] for index in truth.tolist()]

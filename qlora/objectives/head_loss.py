@@ -21,7 +21,7 @@ class HeadLoss(RowLoss):
     """An objective over whole texts; a loss of its own writes `rows`, `losses` and the methods behind it."""
 
     constant_name = ""
-    """What it is called to say the same of all texts."""
+    """What it is called to say the same of all texts; empty: the untuned base says something by itself."""
 
     columns: tuple[str, ...]
 
@@ -49,8 +49,8 @@ class HeadLoss(RowLoss):
         """Returns what is said of each text, for people and programs: `prediction`, and maybe more."""
         raise NotImplementedError
 
-    def describe_truth(self, truth: Tensor, labels: Sequence[str]) -> list[str]:
-        """Returns what is true of each text, as `describe` writes a prediction."""
+    def describe_truth(self, truth: Tensor, labels: Sequence[str]) -> list[str | None]:
+        """Returns what is true of each text, as `describe` writes a prediction; None: nothing is."""
         raise NotImplementedError
 
     def outputs(self, batch: Mapping[str, Any], passes: Any) -> Tensor:
@@ -64,7 +64,7 @@ class HeadLoss(RowLoss):
         import torch
 
         count, truth = batch.pop("num_items_in_batch", None), batch[TRUTH]
-        counts = (batch["labels"] != IGNORED).any(1)
+        counts = (batch["labels"] != IGNORED).flatten(1).any(1)
         outputs = self.outputs(batch, passes)
         rows = counts.sum().clamp(min=1) if count is None else count[0]
         with torch.no_grad():
@@ -73,7 +73,7 @@ class HeadLoss(RowLoss):
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Returns which rows count, twice."""
-        counts = (batch["labels"] != IGNORED).any(1).float()
+        counts = (batch["labels"] != IGNORED).flatten(1).any(1).float()
         return counts[:, None].expand(-1, 2)
 
     def prepare(self, *, compiled: bool) -> None:

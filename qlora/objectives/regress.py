@@ -39,7 +39,7 @@ class Regression(HeadLoss):
         """Returns the numbers of each text, as they are in `scores`."""
         return [{"prediction": _written(row), "scores": row, "match": None} for row in outputs.tolist()]
 
-    def describe_truth(self, truth: Tensor, labels: Sequence[str]) -> list[str]:
+    def describe_truth(self, truth: Tensor, labels: Sequence[str]) -> list[str | None]:
         """Returns the numbers of each text."""
         return [_written(row) for row in truth.tolist()]
 

@@ -130,7 +130,8 @@ class Ledger:
         """How many trained tensors there are of each number of elements."""
         if self.setup.r == 0:
             return self._all_weights
-        return self._on_layers(self._adapter) + self._on_experts
+        head = self.shape.hidden * self.setup.head_outputs
+        return self._on_layers(self._adapter) + self._on_experts + Counter([head] if head else [])
 
     def _on_layers(self, tensors: Callable[[Linear, int], Counter[int]]) -> Counter[int]:
         """Returns the tensors of the adapters on linear layers, of a function from a layer and its rank."""

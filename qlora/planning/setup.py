@@ -64,6 +64,8 @@ class Setup:
     """The kind of the adapters where it is not LoRA."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The settings of that kind."""
+    head_outputs: int = 0
+    """The numbers that a head makes of a text; 0: there is no matrix for them."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 

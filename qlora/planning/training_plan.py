@@ -24,6 +24,7 @@ from qlora.config.schema import (
     Weights,
     described_settings,
 )
+from qlora.config.schema.head import planned_outputs
 from qlora.config.training_length import TokenCount, TrainingLength, training_length
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.context import fit_rows
@@ -230,6 +231,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
         reference_passes=_reference_passes(config),
+        head_outputs=planned_outputs(config.head, config.loss, config.data),
         loss=config.loss,
         waiting=len(shape.experts.layers) if offload is ExpertsOffload.all and shape.experts is not None else 0,
     )

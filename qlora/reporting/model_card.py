@@ -21,10 +21,18 @@ from qlora.runtime.atomic_files import write_text
 from qlora.text import format_metric, format_range, is_detail, plural, quoted
 
 DTYPES = {ComputeDtype.bf16: "bfloat16", ComputeDtype.fp16: "float16", ComputeDtype.fp32: "float32"}
-HEADS = {Head.classify: "A classifier of texts", Head.regress: "A regression of texts"}
+HEADS = {
+    Head.classify: "A classifier of texts",
+    Head.regress: "A regression of texts",
+    Head.embed: "A model of embeddings",
+}
 HEAD_BASELINES = {Head.classify: "most frequent class", Head.regress: "mean"}
 """What is measured in place of the untuned base."""
-LOSSES = {Head.classify: "the cross entropy in nats", Head.regress: "the mean squared error"}
+LOSSES = {
+    Head.classify: "the cross entropy in nats",
+    Head.regress: "the mean squared error",
+    Head.embed: "that of finding the right text, or the squared error of cosines",
+}
 SEEN = "seen from the folder of this card"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Licences that the hub knows by an id of its own; others are declared as `other`.
@@ -106,7 +114,7 @@ def _front_matter(config: Config, base_model: str, license: str | None) -> str:
         if HUB_ID.fullmatch(base_model) and config.model.weights is Weights.pretrained
         else None,
         "library_name": "peft" if config.lora.enabled else "transformers",
-        "pipeline_tag": "text-classification" if config.loss.has_head else "text-generation",
+        "pipeline_tag": _pipeline(config),
         "license": license_id if known else "other" if license_id else None,
         "license_name": re.sub(r"[^a-z0-9.]+", "-", license_id).strip("-") if license_id and not known else None,
         "datasets": [data_id] if HUB_ID.fullmatch(data_id) and not Path(data_id).exists() else None,
@@ -117,6 +125,13 @@ def _front_matter(config: Config, base_model: str, license: str | None) -> str:
         ],
     }
     return ModelCardData(**{key: value for key, value in front_matter.items() if value is not None}).to_yaml().strip()
+
+
+def _pipeline(config: Config) -> str:
+    """Returns what the hub calls that which the model is for."""
+    if not config.loss.has_head:
+        return "text-generation"
+    return "sentence-similarity" if config.loss.head is Head.embed else "text-classification"
 
 
 def _introduction(config: Config, base_model: str, unquantized: str | None) -> str:
@@ -130,7 +145,8 @@ def _introduction(config: Config, base_model: str, unquantized: str | None) -> s
     if config.lora.enabled:
         precision = _base_precision(config, unquantized)
         named = "A reward model" if config.loss.is_preference else HEADS.get(config.loss.head, "")
-        what = f"{named}: a LoRA adapter and a head" if config.loss.has_head else "A LoRA adapter"
+        parts = "a LoRA adapter" if config.loss.head is Head.embed else "a LoRA adapter and a head"
+        what = f"{named}: {parts}" if config.loss.has_head else "A LoRA adapter"
         return f"{what} for {link}, {data} with the base weights frozen in {precision}."
     return f"All weights of {link}, {data}."
 
@@ -151,9 +167,8 @@ def _results(config: Config, result: dict[str, Any]) -> str:
         interval = intervals.get(f"eval_{name}")
         certain = format_range(name, *interval) if interval else ""
         rows.append((name.replace("_", " "), *(format_metric(name, value) for value in values), certain))
-    is_of_texts = config.loss.reads_whole_texts
-    before = HEAD_BASELINES.get(config.loss.head) if is_of_texts else None
-    previous = before or previous_model(config.loss.name, config.lora.start)
+    baseline = HEAD_BASELINES.get(config.loss.head) if config.loss.reads_whole_texts else None
+    previous = baseline or previous_model(config.loss.name, config.lora.start)
     head: tuple[str, ...] = ("held-out metric", previous, "this model", "95 % interval")
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
@@ -179,6 +194,8 @@ def _use(
     config: Config, folder: Path, paths: dict[str, str], base: str, compute_dtype: str | None, prompt: str | None
 ) -> str:
     """Returns Python that loads the model with transformers and PEFT alone, quantized as in training."""
+    if config.loss.head is Head.embed:
+        return _use_embeddings(config, folder, paths, prompt)
     dtype, method = f"torch.{_dtype(config, compute_dtype)}", find_method(config.quantization)
     adapter = _relative(paths.get("adapter" if config.lora.enabled else "model"), folder)
     kind = "AutoModelForSequenceClassification" if config.loss.has_head else "AutoModelForCausalLM"
@@ -228,6 +245,15 @@ def _use(
         return markdown_block("\n".join([*lines, "print(float(model(**inputs).logits))  # the reward"]), "python")
     lines += [f"output = model.generate(**inputs, max_new_tokens={config.generation.new_tokens})"]
     lines += ['print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
+    return markdown_block("\n".join(lines), "python")
+
+
+def _use_embeddings(config: Config, folder: Path, paths: dict[str, str], prompt: str | None) -> str:
+    """Returns Python that makes vectors with sentence-transformers, which loads the unquantized base."""
+    adapter = _relative(paths.get("adapter"), folder)
+    texts = "[...]" if prompt is None else f"[{prompt!r}]"
+    lines = ["from sentence_transformers import SentenceTransformer", ""]
+    lines += [f"model = SentenceTransformer({_literal(adapter)})  # {SEEN}", f"print(model.encode({texts}).shape)"]
     return markdown_block("\n".join(lines), "python")
 
 

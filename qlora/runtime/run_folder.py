@@ -47,6 +47,7 @@ ADDED_KEYS: dict[str, Any] = {
     "head.name": "causal",
     "head.labels": None,
     "head.dtype": None,
+    "head.pooling": None,
     "data.label": None,
     "trainer.step_parts": [],
     "quantization.method": "auto",

@@ -27,12 +27,9 @@ def outputs_of_head(base: torch.nn.Module, hidden: Tensor, *, bf16: bool = False
     It multiplies in 32 bits, or in 16 as plain models of that precision do; its weights have 32.
     """
     head = base.get_submodule(HEAD)
-    if bf16:
-        with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
-            outputs: Tensor = head(hidden.bfloat16())
-        return outputs.float()
-    with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.float())  # type: ignore[no-any-return]
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=bf16):
+        outputs: Tensor = head(hidden.bfloat16() if bf16 else hidden.float())
+    return outputs.float()
 
 
 class ForwardPasses:

@@ -109,7 +109,10 @@ def _classes(data: Data, config: Config) -> str:
         counts = Counter(data.train["label"])
         named = [name for name in config.head.labels or () if name not in data.labels]
         return listed([f"{name} ({counts[name]:,} rows)" for name in (*data.labels, *named)], 12)
-    columns = zip(*data.train["values"], strict=True)
+    columns = list(zip(*data.train["values"], strict=True))
+    if config.loss.rows is RowKind.texts:
+        texts = len(data.train[0]["partners"]) + 1
+        return f"{texts} texts a row" + "".join(f", scores from {min(c):g} to {max(c):g}" for c in columns)
     return "; ".join(f"numbers from {min(column):g} to {max(column):g}" for column in columns)
 
 
@@ -156,6 +159,8 @@ def preview_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> lis
     """Returns a tokenized row as it is shown; a pair as two rows, its chosen side first."""
     if row.get("label") is not None:
         return [_noted(preview_row(row, tokenizer), f"labelled {row['label']}")]
+    if "partners" in row:
+        return _preview_texts(row, tokenizer)
     if "values" in row:
         return [_noted(preview_row(row, tokenizer), f"labelled {', '.join(f'{value:g}' for value in row['values'])}")]
     if "desirable" in row:
@@ -164,6 +169,16 @@ def preview_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> lis
         return [preview_row(row, tokenizer)]
     rejected = row | {"input_ids": row["rejected_ids"], "labels": row["rejected_labels"]}
     return [_noted(preview_row(row, tokenizer), "chosen"), _noted(preview_row(rejected, tokenizer), "rejected")]
+
+
+def _preview_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[PreviewRow]:
+    """Returns a text and its partners, each as it is shown."""
+    score = f", score {row['values'][0]:g}" if row["values"] else ""
+    notes = ["a text", f"beside it{score}" if score else "belongs to it"]
+    notes += ["does not belong to it"] * (len(row["partners"]) - 1)
+    sides = [row["input_ids"], *row["partners"]]
+    cells = [row | {"input_ids": ids, "labels": [*[IGNORED] * (len(ids) - 1), ids[-1]]} for ids in sides]
+    return [_noted(preview_row(cell, tokenizer), note) for cell, note in zip(cells, notes, strict=True)]
 
 
 def _noted(row: PreviewRow, note: str) -> PreviewRow:

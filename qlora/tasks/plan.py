@@ -197,6 +197,9 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     config, setup, shape, memory, gpu = plan.config, plan.setup, plan.training.shape, plan.memory, plan.gpu
     trained = f"LoRA r={setup.r}" if setup.r else "all weights"
     trained += f" (r={setup.expert_r} on experts)" if setup.expert_r else ""
+    if config.loss.reads_whole_texts:
+        trained += f", head={config.head.name.value}"
+        trained += f" ({setup.head_outputs * shape.hidden:,} parameters)" if setup.head_outputs else ""
     if setup.checkpointed:
         checkpointing = f"{setup.checkpointed} of {shape.layers} layers checkpointed"
         checkpointing += f" (inputs of {setup.offloaded} on the host)" if setup.offloaded else ""

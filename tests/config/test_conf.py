@@ -41,13 +41,19 @@ MODELS = [name for group, name in OPTIONS if group == "model"]
 SWEEPS = [name for group, name in OPTIONS if group == "sweep"]
 
 # Their options set several groups, or depend on one another.
-ALONE = ("lora", "quantization", "experiment")
+ALONE = ("lora", "quantization", "experiment", "head")
+LOSSES_OF_HEADS = {("loss", name) for group, name in OPTIONS if group == "head"}
+ON_WHOLE_TEXTS = ["data=local", "data.path=rows.jsonl", "evaluation=loss"]
+NEEDS |= {(group, name): ON_WHOLE_TEXTS for group, name in OPTIONS if group == "head" and name != "causal"}
 
 
 def mixed() -> list[list[str]]:
     """Returns every option of the other groups, those of different groups side by side to compose less often."""
     groups = [group for group in group_names() if group not in (*ALONE, "sweep")]
-    columns = [[f"{group}={name}" for owner, name in OPTIONS if owner == group] for group in groups]
+    columns = [
+        [f"{group}={name}" for owner, name in OPTIONS if owner == group and (owner, name) not in LOSSES_OF_HEADS]
+        for group in groups
+    ]
     rows = [[choice for choice in row if choice] for row in itertools.zip_longest(*columns)]
     return [[*row, *(need for choice in row for need in NEEDS.get(tuple(choice.split("=")), []))] for row in rows]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora import adapters
 from qlora.config.compose import compose
-from qlora.config.registries.objectives import SHIPPED, RowKind
+from qlora.config.registries.objectives import SHIPPED, Head, RowKind
 from qlora.config.schema import LOSS_SETTINGS, LossConfig
 from qlora.data.batching.collate import Collator, SidesCollator, count_work
 from qlora.data.batching.packing import SIDES, PackedRows
@@ -33,8 +33,8 @@ from qlora.upstream.peft import base_of
 from tests.real_models import CPU
 from tests.step.test_fast import build
 
-NAMES = [name for name, shipped in SHIPPED.items() if shipped.rows is not RowKind.tokens]
-OF_ANSWERS = [name for name in NAMES if not SHIPPED[name].head]
+NAMES = [name for name, shipped in SHIPPED.items() if shipped.rows in (RowKind.pairs, RowKind.labelled)]
+OF_ANSWERS = [name for name in NAMES if SHIPPED[name].head is Head.causal]
 IGNORED = -100
 PLACEMENT = Placement(CPU, torch.float32, torch.float32)
 

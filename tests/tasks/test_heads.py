@@ -13,7 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from qlora.config.compose import compose
 from qlora.errors import ConfigError, DataError
@@ -40,12 +40,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def class_rows(count: int) -> list[dict[str, Any]]:
-    """Five words each, of which three are of the class and two of others, in any order."""
+    """Five words each, of which four are of the class and one is of another, in any order."""
     stream, rows = random.Random(0), list[dict[str, Any]]()
     for _ in range(count):
         label = stream.choice(list(WORDS))
         others = [name for name in WORDS if name != label]
-        chosen = [*stream.sample(WORDS[label], 3), *(stream.choice(WORDS[stream.choice(others)]) for _ in range(2))]
+        chosen = [*stream.choices(WORDS[label], k=4), stream.choice(WORDS[stream.choice(others)])]
         stream.shuffle(chosen)
         rows.append({"text": " ".join(chosen), "label": label})
     return rows
@@ -65,6 +65,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("classifier")
     return folder, run(folder, "head=classify", f"data.path={rows}")
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_far_more_than_the_most_frequent_class(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", class_rows(400))
+    result = run(tmp_path / "run", "head=classify", f"data.path={path}", "data.eval_dataset_size=60",
+                 "trainer.max_steps=50", "trainer.per_device_train_batch_size=16", "trainer.eval_steps=50",
+                 "lora.dropout=0", "lora.target_modules=all-linear", "task.predict=false")  # fmt: skip
+    assert result["intervals"]["eval_accuracy"][0] > 0.6
+    assert result["metrics"]["base_eval_accuracy"] < 0.5
+    assert result["gains"]["accuracy"]["low"] > 0.2
 
 
 def plain_logits(folder: Path, texts: list[str], *, side: str) -> torch.Tensor:
@@ -216,7 +227,7 @@ LABELLED = [{"text": f"text {index}", "label": "ab"[index % 2]} for index in ran
          r"data\.columns\.text=COLUMN"),
         ([{"text": f"t {i}", "label": "a"} for i in range(24)], ["head=classify"], "are labelled 'a', and a head "
          "learns to tell classes apart; add rows of another class"),
-        (LABELLED, ["head=regress"], "row 1: column label holds 'a', and head=regress learns numbers; choose "
+        (LABELLED, ["head=regress"], "row 1: column label holds 'a', and what is learned are numbers; choose "
          "head=classify for names"),
         ([{"text": "t", "label": 0.5}] * 24, ["head=classify"], "row 1: column label holds 0.5, and a class is a name "
          "or a whole number; choose head=regress"),
@@ -264,7 +275,7 @@ def test_a_held_out_class_that_is_not_trained_is_refused(tmp_path: Path) -> None
         (["head=classify", "head.labels=[a,a]"], "head.labels must be a list of at least two different names"),
         (["head=regress", "head.labels=[a,b]"], r"head.labels=\['a', 'b'\] is read by head=classify"),
         (["head.dtype=bf16"], "head.dtype=bf16 is that of a head, and head=causal trains none"),
-        (["data.label=x"], "data.label='x' is read with head=classify or head=regress"),
+        (["data.label=x"], "data.label='x' is read with head=classify, head=regress or head=embed"),
         (["head=classify", "objective=eval_perplexity"], "objective='eval_perplexity' is not a metric of this run"),
         (["head=classify", "trainer.keep_metric=eval_spearman"], "is not measured at trainer.eval_steps"),
     ],
@@ -286,3 +297,96 @@ def test_a_head_in_16_bits_computes_in_them_from_weights_in_32() -> None:
     outputs.sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype is torch.float32
+
+
+def pair_rows(count: int) -> list[dict[str, Any]]:
+    """Three things of a kind, the same in another order, and things of another kind."""
+    stream, rows = random.Random(0), list[dict[str, Any]]()
+    for _ in range(count):
+        kind, other = stream.sample(list(WORDS), 2)
+        things = stream.sample(WORDS[kind], 3)
+        wrong = stream.sample(WORDS[other], 3)
+        rows.append({"anchor": " ".join(things), "positive": " ".join(things[::-1]), "negative": " ".join(wrong)})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("rows") / "triplets.jsonl", pair_rows(60))
+
+
+@pytest.fixture(scope="module", params=["last", "mean"])
+def embedder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, triplets: Path) -> Path:
+    folder: Path = tmp_path_factory.mktemp("embedder")
+    result = run(folder, "head=embed", f"data.path={triplets}", f"head.pooling={request.param}")
+    metrics = result["metrics"]
+    assert {"eval_mrr", "eval_ndcg", "base_eval_mrr", "base_eval_ndcg"} <= {*metrics}
+    assert metrics["eval_loss"] < metrics["base_eval_loss"]
+    assert not {"eval_pearson", "eval_perplexity"} & {*metrics}
+    return folder
+
+
+def test_sentence_transformers_and_plain_transformers_make_the_same_vectors(embedder: Path, triplets: Path) -> None:
+    records = read(embedder / "predictions.jsonl")
+    vectors = torch.tensor([record["vectors"][0] for record in records])
+    assert vectors.norm(dim=1).tolist() == pytest.approx([1] * len(records), abs=1e-5)
+    texts = [record["input"] for record in records]
+    tokenizer = AutoTokenizer.from_pretrained(embedder / "adapter")
+    plain = AutoModel.from_pretrained(embedder / "adapter", dtype=torch.float32).eval()
+    mode = json.loads((embedder / "adapter" / "1_Pooling" / "config.json").read_text())["pooling_mode"]
+    for text, vector in zip(texts[:4], vectors, strict=False):
+        with torch.no_grad():
+            hidden = plain(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        pooled = hidden[-1] if mode == "lasttoken" else hidden.mean(0)
+        assert torch.allclose(torch.nn.functional.normalize(pooled, dim=0), vector, atol=1e-5)
+    library = pytest.importorskip("sentence_transformers")
+    precision = {"dtype": torch.float32}  # the base has 16 bits on disk
+    model = library.SentenceTransformer(str(embedder / "adapter"), device="cpu", model_kwargs=precision)
+    made = model.encode(texts)
+    assert torch.allclose(torch.from_numpy(made), vectors, atol=1e-5)
+
+
+def test_a_model_of_embeddings_is_measured_again_and_pools_as_it_was_trained(
+    embedder: Path, triplets: Path, tmp_path: Path
+) -> None:
+    trained = json.loads((embedder / "result.json").read_text())["metrics"]
+    again = run(tmp_path / "again", f"data.path={triplets}", "task=evaluate", f"adapter={embedder}")["metrics"]
+    for name in ("eval_loss", "eval_mrr", "base_eval_loss", "base_eval_ndcg"):
+        assert again[name] == pytest.approx(trained[name], rel=1e-4)
+    loose = shutil.copytree(embedder / "adapter", tmp_path / "loose")
+    other = "last" if "mean" in (loose / "1_Pooling" / "config.json").read_text() else "mean"
+    with pytest.raises(DataError, match=r"was trained with head\.pooling=\w+; set it so"):
+        run(tmp_path / "other", "head=embed", f"head.pooling={other}", f"data.path={triplets}", "task=evaluate",
+            f"adapter={loose}")  # fmt: skip
+
+
+def test_pairs_with_scores_are_measured_by_correlations(tmp_path: Path) -> None:
+    made = [{"sentence1": row["anchor"], "sentence2": row[("positive", "negative")[index % 2]], "score": 1 - index % 2}
+            for index, row in enumerate(pair_rows(40))]  # fmt: skip
+    path = write(tmp_path / "rows.jsonl", made)
+    metrics = run(tmp_path / "run", "head=embed", f"data.path={path}", "trainer.max_steps=2")["metrics"]
+    assert {"eval_pearson", "eval_spearman", "base_eval_spearman"} <= {*metrics}
+    assert "eval_mrr" not in metrics
+    with pytest.raises(ConfigError, match="objective=eval_ndcg: the held-out rows have scores, of which correlations"):
+        _ = data_of(tmp_path, made, "head=embed", "objective=eval_ndcg").measurer
+
+
+@pytest.mark.parametrize(
+    ("made", "overrides", "message"),
+    [
+        ([{"text": f"t {i}"} for i in range(24)], [], "head=embed learns from texts that belong together; name them"),
+        ([{"anchor": "a", "positive": "b", "negative": "c", "score": 1}] * 24, [], "has both score and negative"),
+        ([{"anchor": "a", "positive": ""}] * 24, [], "row 1: column positive holds no text"),
+        ([{"anchor": "a", "positive": "b", "score": 5}] * 24, [], "row 1: column score holds 5, and the score of a "
+         "pair is a cosine, from -1 to 1; divide them"),
+        ([{"anchor": "a", "positive": ["b"]}] * 24, [], r"column positive holds \['b'\], and a head reads texts"),
+        (pair_rows(24), ["data.label=negative"], "has both negative and|column negative holds"),
+        ([{"anchor": f"a {i}", "positive": "b"} for i in range(24)], ["trainer.per_device_train_batch_size=1"],
+         "leaves a pair alone, and head=embed learns from the texts of the other rows"),
+    ],
+)  # fmt: skip
+def test_rows_that_give_no_embeddings_are_refused(
+    tmp_path: Path, made: list[dict[str, Any]], overrides: list[str], message: str
+) -> None:
+    with pytest.raises((DataError, ConfigError), match=message):
+        _ = data_of(tmp_path, made, "head=embed", *overrides).head

@@ -8,15 +8,16 @@ from enum import StrEnum
 GROUP = "qlora.objectives"
 """The entry points by which an installed package adds objectives."""
 
-RowKind = StrEnum("RowKind", "tokens pairs labelled classes values")
+RowKind = StrEnum("RowKind", "tokens pairs labelled classes values texts")
 """What a row is to an objective: tokens to predict, a pair of answers to one prompt, an answer with a label that says
-whether it is a good one, a text with the name of its class, or a text with numbers."""
+whether it is a good one, a text with the name of its class, a text with numbers, or texts of which the first two belong
+together."""
 
-WHOLE_TEXTS = (RowKind.classes, RowKind.values)
+WHOLE_TEXTS = (RowKind.classes, RowKind.values, RowKind.texts)
 """The kinds of rows that are read as a whole: nothing in them is an answer."""
 
-Head = StrEnum("Head", "causal classify regress")
-"""What a model makes of a text: the next token, one of several classes, or numbers."""
+Head = StrEnum("Head", "causal classify regress embed")
+"""What a model makes of a text: the next token, one of several classes, numbers, or a unit vector."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ SHIPPED = {
     ),
     "regress": ShippedObjective(
         "qlora.objectives.regress:Regression", RowKind.values, head=Head.regress, measured=("pearson", "spearman")
+    ),
+    "embed": ShippedObjective(
+        "qlora.objectives.embed:Embedding",
+        RowKind.texts,
+        ("temperature",),
+        head=Head.embed,
+        measured=("mrr", "ndcg", "pearson", "spearman"),
     ),
 }
 """The objectives of this package by name."""

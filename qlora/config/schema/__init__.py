@@ -17,7 +17,7 @@ from qlora.config.schema.evaluation import (
 )
 from qlora.config.schema.export import ExportConfig, ExportFormat, GgufType
 from qlora.config.schema.generation import GenerationConfig
-from qlora.config.schema.head import HeadConfig, HeadDtype
+from qlora.config.schema.head import HeadConfig, HeadDtype, Pooling
 from qlora.config.schema.lora import LoraBias, LoraConfig, LoraDtype, LoraExperts, LoraInit
 from qlora.config.schema.loss import LOSS_SETTINGS, LossConfig, Reference
 from qlora.config.schema.manifest import ManifestConfig
@@ -90,6 +90,7 @@ __all__ = [
     "Parallel",
     "PlanConfig",
     "PlanStep",
+    "Pooling",
     "QuantType",
     "QuantizationConfig",
     "Reference",

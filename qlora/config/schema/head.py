@@ -19,7 +19,10 @@ from qlora.text import brief, listed
 HeadDtype = StrEnum("HeadDtype", "fp32 bf16")
 """What a head multiplies in."""
 
-READS = {"labels": (Head.classify,), "dtype": (Head.classify, Head.regress)}
+Pooling = StrEnum("Pooling", "last mean")
+"""What a vector is made of."""
+
+READS = {"labels": (Head.classify,), "dtype": (Head.classify, Head.regress), "pooling": (Head.embed,)}
 """The settings of a head, with the heads that read them."""
 WRITERS = (TaskName.chat, TaskName.serve, TaskName.merge, TaskName.export, TaskName.verify)
 """The tasks that need a model which predicts the next token."""
@@ -31,14 +34,18 @@ class HeadConfig:
 
     name: Head = Head.causal
     """`causal`: the next token. `classify`: one of several classes, from rows of a text and a label. `regress`:
-    a number, or several, from rows of a text and numbers. A head is trained and saved with the adapter; `head=NAME`
-    brings the loss of its name."""
+    a number, or several, from rows of a text and numbers. `embed`: a unit vector, from rows of
+    texts that belong together. A head is trained and saved with the adapter; `head=NAME` brings the loss of its
+    name."""
     labels: Any = field(default=None, metadata={HOLDS: list[str] | None})
     """The classes of `classify`, in the order of the head's outputs, e.g. `[negative,positive]`; unset: those of the
     rows to train on, in the order in which the set names them, else sorted."""
     dtype: HeadDtype | None = None
     """What the head multiplies in: `fp32`, or `bf16`, which makes it compute as a plain model in 16 bits does. Its
     weights are trained and saved in 32 bits."""
+
+    pooling: Pooling | None = None
+    """What `embed` makes a vector of: the hidden state of a text's `last` token, or the `mean` of all of them."""
 
     def __post_init__(self) -> None:
         for name, readers in READS.items():
@@ -61,9 +68,26 @@ class HeadConfig:
         self.labels = names
 
     @property
+    def pools_mean(self) -> bool:
+        """Whether a vector is a mean over tokens."""
+        return self.pooling is Pooling.mean
+
+    @property
     def computes_bf16(self) -> bool:
         """Whether the head multiplies in 16 bits."""
         return self.dtype is HeadDtype.bf16
+
+
+def planned_outputs(head: HeadConfig, loss: LossConfig, data: DataConfig) -> int:
+    """Returns how many numbers the head makes of a text, as far as the config says it; 0: there is no matrix.
+
+    Of classes that only the rows know it is 2, of their numbers 1.
+    """
+    if loss.head is Head.classify:
+        return len(head.labels or ()) or 2
+    if loss.head is Head.regress:
+        return 1 if loss.is_preference else len(data.label_columns or ()) or 1
+    return 0
 
 
 def check_head(
@@ -86,8 +110,8 @@ def check_head(
         )
     if data.label is not None and not loss.reads_whole_texts:
         raise ConfigError(
-            f"data.label={brief(data.label)} is read with head=classify or head=regress; choose one of them, or leave "
-            "it out (the column of loss=kto is named by data.columns.label)"
+            f"data.label={brief(data.label)} is read with head=classify, head=regress or head=embed; choose one of "
+            "them, or leave it out (the column of loss=kto is named by data.columns.label)"
         )
     if not loss.has_head:
         return

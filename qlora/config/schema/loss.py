@@ -55,6 +55,9 @@ class LossConfig:
     `data.cache_dir` for other runs with the same reference and rows, whatever else these set: true, false (in each
     step) or `auto` (where the run passes over its pairs more than once). They differ from those of a step by the
     rounding of another batch."""
+    temperature: float | None = None
+    """What cosines are divided by where a text's partner is to be found: the smaller, the more the nearest wrong texts
+    count."""
     options: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any]})
     """Settings of an objective of another package, e.g. `{smoothing: 0.1}`; those of this package have none."""
 
@@ -90,6 +93,7 @@ class LossConfig:
         limits = {
             "beta": (lambda value: 0 < value < math.inf, "be positive and finite"),
             "label_smoothing": (lambda value: 0 <= value < 0.5, "be at least 0 and below 0.5"),
+            "temperature": (lambda value: 0 < value < math.inf, "be positive and finite"),
             "gamma": (lambda value: 0 <= value < math.inf, "be at least 0 and finite"),
             "sft_weight": (lambda value: 0 <= value < math.inf, "be at least 0 and finite"),
             "desirable_weight": (lambda value: 0 < value < math.inf, "be positive and finite"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,39 @@ class WholeTextsCollator:
         else:
             batch[TRUTH] = torch.tensor([list(row["values"]) for row in rows], dtype=torch.float32)
         return batch
+
+
+@dataclass(frozen=True, slots=True)
+class PartnersCollator:
+    """Lays the texts of rows side by side, a text and its partners, and what is true of them beside."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Returns input_ids, attention_mask and labels, each int64 [rows, texts, width], and the truth of each row.
+
+        That is the score of a pair, float32 [rows, 1]; without scores a number for the text of each partner, int64
+        [rows, partners], by which equal texts are known.
+        """
+        texts = [_labelled(row, ids) for row in rows for ids in (row["input_ids"], *row["partners"])]
+        batch = Collator(self.pad_token_id)(texts)
+        batch = {name: value.unflatten(0, (len(rows), -1)) for name, value in batch.items()}
+        if len(rows[0]["values"]):
+            batch[TRUTH] = torch.tensor([list(row["values"]) for row in rows], dtype=torch.float32)
+        else:
+            batch[TRUTH] = torch.tensor([[_number_of(ids) for ids in row["partners"]] for row in rows])
+        return batch
+
+
+def _labelled(row: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+    """Returns a text whose last token has a label, if its row has one."""
+    has_label = any(label != IGNORED for label in row["labels"])
+    return {"input_ids": ids, "labels": [*[IGNORED] * (len(ids) - 1), ids[-1] if has_label else IGNORED]}
+
+
+def _number_of(ids: Sequence[int]) -> int:
+    digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True, slots=True)

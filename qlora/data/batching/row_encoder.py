@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -76,6 +76,8 @@ class Encoded(NamedTuple):
     """The class of a whole text."""
     values: tuple[float, ...] = ()
     """The numbers of a whole text."""
+    partners: tuple[list[int], ...] = ()
+    """The texts beside a whole text: the first one belongs to it, the others do not."""
 
     @property
     def trained(self) -> int:
@@ -86,7 +88,8 @@ class Encoded(NamedTuple):
     @property
     def length(self) -> int:
         """Tokens of the row, of both sides of a pair."""
-        return len(self.input_ids) + (len(self.rejected.input_ids) if self.rejected is not None else 0)
+        others = len(self.rejected.input_ids) if self.rejected is not None else sum(map(len, self.partners))
+        return len(self.input_ids) + others
 
     @property
     def lacks_loss(self) -> bool:
@@ -173,19 +176,21 @@ class RowEncoder:
         What it spells becomes no special token. Its end is cut. Padding at its end, which some tokenizers write, is
         left out: transformers reads the last token that is none.
         """
-        ids = self._call_ids(example.text)
-        limit, length = self.limits.max_length, len(ids)
-        if limit is not None and length > limit:
-            ids = self._call_ids(example.text, truncation=True, max_length=limit)
-        while len(ids) > 1 and ids[-1] == self.base.pad_token_id:
+        (ids, *partners), cuts = zip(*map(self._call_ids, (example.text, *example.partners)), strict=True)
+        while not partners and len(ids) > 1 and ids[-1] == self.base.pad_token_id:
             ids = ids[:-1]
         labels = [*[IGNORED] * (len(ids) - 1), *ids[-1:]]
         turns = [Turn(len(ids), example.text, None)]
-        return Encoded(ids, labels, len(ids), 0, turns, cut_target=limit is not None and length > limit,
-                       label=example.label, values=example.values)  # fmt: skip
+        return Encoded(ids, labels, len(ids), sum(map(len, partners)), turns, cut_target=any(cuts),
+                       label=example.label, values=example.values, partners=tuple(partners))  # fmt: skip
 
-    def _call_ids(self, text: str, **cut: Any) -> list[int]:
-        return list(self.base(text, split_special_tokens=True, verbose=False, **cut)["input_ids"])
+    def _call_ids(self, text: str) -> tuple[list[int], bool]:
+        """Returns the ids of a text within the limit, and whether that cuts it."""
+        call: Callable[..., BatchEncoding] = partial(self.base.__call__, text, split_special_tokens=True, verbose=False)
+        ids, limit = list(call()["input_ids"]), self.limits.max_length
+        if limit is None or len(ids) <= limit:
+            return ids, False
+        return list(call(truncation=True, max_length=limit)["input_ids"]), True
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of a conversation up to where the model answers, as a row that ends in the answer has them.

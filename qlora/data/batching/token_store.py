@@ -68,6 +68,7 @@ KIND_COLUMNS: Final[dict[RowKind, dict[str, pa.DataType]]] = {
     RowKind.labelled: {"answer_start": pa.int32(), "desirable": pa.bool_()},
     RowKind.classes: {"label": pa.string()},
     RowKind.values: {"values": pa.list_(pa.float64())},
+    RowKind.texts: {"partners": pa.list_(TOKENS), "values": pa.list_(pa.float64())},
 }
 """What rows of other kinds hold besides; `qlora.data.formats.preferences` and `whole_texts` say what it means.
 `shared` is the number of tokens that both sides of a pair begin with, their labels included."""
@@ -325,7 +326,7 @@ def _encode(job: Job, pending: list[_PendingRow]) -> list[Encoded]:
 
 
 def _encode_question(job: Job, pending_row: _PendingRow) -> Encoded:
-    assert not isinstance(pending_row.example, Pair | Labelled), "only rows of tokens may ask"
+    assert not isinstance(pending_row.example, Pair | Labelled | WholeText), "only rows of tokens may ask"
     try:
         return job.tokenizer.encode_question(pending_row.example)
     except UserError as error:
@@ -360,7 +361,11 @@ def _record_batch(job: Job, kept: list[Encoded], rows: list[int], tasks: list[st
         "digest": list(map(_digest, ids, labels, kept)),
     }
     if job.kind in WHOLE_TEXTS:
-        cells |= {"label": [encoded.label for encoded in kept], "values": [list(encoded.values) for encoded in kept]}
+        cells |= {
+            "label": [encoded.label for encoded in kept],
+            "values": [list(encoded.values) for encoded in kept],
+            "partners": [list(encoded.partners) for encoded in kept],
+        }
     elif job.kind is not RowKind.tokens:
         cells |= _preference_cells(job.kind, kept)
     if job.for_eval:
@@ -406,6 +411,8 @@ def _digest(ids: np.ndarray, labels: np.ndarray, encoded: Encoded) -> int:
         digest.update(np.asarray(row, dtype="<i4").tobytes())
     if encoded.desirable is not None:
         digest.update(bytes([encoded.desirable]))
+    for text in encoded.partners:
+        digest.update(np.asarray([len(text), *text], dtype="<i4").tobytes())
     if encoded.label is not None:
         digest.update(encoded.label.encode())
     if encoded.values:

@@ -59,6 +59,8 @@ class WholeText:
     text: str
     label: str | None = None
     values: tuple[float, ...] = ()
+    partners: tuple[str, ...] = ()
+    """Other texts: the first one belongs to it, the others do not."""
 
 
 AnyExample = Example | Pair | Labelled | WholeText
@@ -69,7 +71,7 @@ def sides(example: AnyExample) -> tuple[Example, ...]:
     if isinstance(example, Pair):
         return (example.chosen, example.rejected)
     if isinstance(example, WholeText):
-        return ([Segment(example.text, False)],)
+        return tuple([Segment(text, False)] for text in (example.text, *example.partners))
     return (example.example,) if isinstance(example, Labelled) else (example,)
 
 

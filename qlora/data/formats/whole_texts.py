@@ -1,7 +1,8 @@
-"""Rows of a text and what a head says of it: the name of a class, or numbers.
+"""Rows of a text and what a head says of it: the name of a class, or numbers; or rows of texts that belong together.
 
 After tokenizing, such a row has the columns of any other: its text's tokens as the tokenizer's own call makes them,
-with a label on the last one alone, which is read. `label` (`classes`) or `values` (`values`) holds what is learned.
+with a label on the last one alone, which is read. `label` (`classes`) or `values` (`values`) holds what is learned,
+`partners` (`texts`) the tokens of other texts, of which the first one belongs to it, and `values` then a score or none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from qlora.text import brief, listed
 LABEL_COLUMNS = {
     RowKind.classes: ("label", "labels", "class"),
     RowKind.values: ("score", "scores", "label", "labels", "rating"),
+    RowKind.texts: ("score", "similarity", "similarity_score", "label"),
 }
 """The columns that hold what is learned, the first there is."""
 TEXTS = ("text", "sentence", "content", "document", "review", "comment", "body", "message", "prompt", "query", "input")
@@ -29,6 +31,14 @@ TWO_TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1"
              ("question", "sentence"), ("query", "passage"), ("query", "document"), ("prompt", "response"),
              ("question", "answer"), ("instruction", "output"), ("title", "text"))  # fmt: skip
 """Columns of two texts that are read as one, with a line feed between them."""
+ANCHORS = ("anchor", "query", "sentence1", "text1", "premise", "question1", "question", "prompt", "title")
+PARTNERS = (
+    *("positive", "pos", "document", "passage", "sentence2", "text2", "hypothesis", "question2", "answer", "response"),
+    "text",
+)
+"""The columns that hold a text and the one that belongs to it, the first ones there are."""
+WRONG = ("negative", "neg")
+"""How the names of columns begin that hold texts that do not belong to it."""
 WANTS = {RowKind.classes: "a label", RowKind.values: "a number"}
 
 
@@ -45,6 +55,8 @@ def choose_columns(
     `label` are the columns of `data.label`, `names` the names of the classes of a column that holds their numbers.
     Raises `DataError` where no column holds a text, or what is learned.
     """
+    if kind is RowKind.texts:
+        return _choose_partners(columns, key=key, label=label)
     learned = _label_columns(kind, columns, key=key, label=label)
     rest = [column for column in columns if column not in learned]
     texts = next((list(pair) for pair in TWO_TEXTS if {*pair} <= {*rest}), [])
@@ -58,6 +70,44 @@ def choose_columns(
     read = " and ".join(learned)
     why = f"columns {' and '.join(texts)} and {read}" if len(texts) > 1 else f"columns {texts[0]} and {read}"
     return Format(render, ((*texts, *learned),)), why
+
+
+def _choose_partners(columns: Sequence[str], *, key: str, label: Sequence[str] | None) -> tuple[Format, str]:
+    """Returns the format of rows of texts that belong together, and what decided."""
+    scores = [column for name in LABEL_COLUMNS[RowKind.texts] for column in columns if column.lower() == name][:1]
+    scores = _label_columns(RowKind.texts, columns, key=key, label=label) if label is not None else scores
+    anchor = next((name for name in ANCHORS if name in columns), None)
+    partner = next((name for name in PARTNERS if name in columns and name != anchor), None)
+    wrong = [column for column in columns if column.lower().startswith(WRONG) and column not in scores]
+    if anchor is None or partner is None:
+        raise DataError(
+            f"{key} has the columns {listed(columns)}, and head=embed learns from texts that belong together; name "
+            "them with data.columns.anchor=COLUMN data.columns.positive=COLUMN, and maybe data.columns.negative=COLUMN"
+        )
+    if scores and wrong:
+        raise DataError(
+            f"{key} has both {scores[0]} and {wrong[0]}: a pair of texts has a score, or a third text that does not "
+            "belong to it; leave one of the columns out"
+        )
+    if len(scores) > 1:
+        raise DataError(f"data.label={listed(scores)}: a pair of texts has one score; choose one of them")
+    texts = (anchor, partner, *wrong)
+    render = functools.partial(_render_partners, texts=texts, score=scores[0] if scores else None)
+    return Format(render, ((*texts, *scores),)), f"columns {listed([*texts, *scores])}"
+
+
+def _render_partners(row: Row, *, texts: Sequence[str], score: str | None) -> list[WholeText]:
+    cells = [_text(row, column) for column in texts]
+    for column, cell in zip(texts, cells, strict=True):
+        if not cell.strip():
+            raise DataError(f"column {column} holds no text; give it one, or leave the row out")
+    values = () if score is None else (_number(row.get(score), score),)
+    if values and not -1 <= values[0] <= 1:
+        raise DataError(
+            f"column {score} holds {values[0]:g}, and the score of a pair is a cosine, from -1 to 1; divide them by "
+            "their largest, name another column with data.label=COLUMN, or leave the column out"
+        )
+    return [WholeText(cells[0], values=values, partners=tuple(cells[1:]))]
 
 
 def _label_columns(kind: RowKind, columns: Sequence[str], *, key: str, label: Sequence[str] | None) -> list[str]:
@@ -146,7 +196,7 @@ def _number(cell: Any, column: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise DataError(
-            f"column {column} holds {brief(cell)}, and head=regress learns numbers; choose head=classify for names, or "
+            f"column {column} holds {brief(cell)}, and what is learned are numbers; choose head=classify for names, or "
             "another column with data.label=COLUMN"
         )
     return number
