@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from qlora.config.schema import LossConfig, PlanStep
 from qlora.quantization.stored_base import StoredBase
@@ -53,6 +55,7 @@ class Setup:
     """Tokens in attention for each token that layers compute: more than 1 where answers share their prompts."""
     reference_passes: float = 0.0
     """Forward passes with the reference for each step: 1, or fewer where it is computed once for several epochs."""
+    optim_args: Mapping[str, Any] = field(default_factory=dict)
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 
