@@ -119,7 +119,7 @@ def _optimizer(settings: Settings) -> Iterator[Part]:
     name = settings.take("optimizer")
     if name == "muon":
         yield "trainer.optim=muon"
-    elif name is not None and name != "galore":
+    elif name not in (None, "default", "galore"):
         yield Lost("there is no such optimizer here; the one of optim is taken", "optimizer")
     if not (settings.take("use_galore") or name == "galore"):
         return
