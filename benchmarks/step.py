@@ -193,7 +193,7 @@ def build_optimizer(config: Any, model: Any) -> Any:
     """Returns the optimizer of `trainer.optim` over what a model trains."""
     from transformers import TrainingArguments
 
-    from qlora.training.optimizer import optimizer_class
+    from qlora.training.optimizers import optimizer_class
 
     arguments = TrainingArguments("unused", optim=config.trainer.optim, learning_rate=1e-4, report_to="none")
     kind, options = optimizer_class(arguments, model)

@@ -330,7 +330,10 @@ FOREIGN_VALUES = {
         **dict.fromkeys(("adam", "adamw", "adamw_hf", "adam_torch", "adamw_32bit"), "trainer.optim=adamw_torch"),
         **dict.fromkeys(("paged_adamw", "paged_adam", "adamw_paged"), "trainer.optim=paged_adamw_32bit"),
         **dict.fromkeys(("adam8bit", "adam_8bit", "adamw8bit", "8bit"), "trainer.optim=adamw_8bit"),
-        **dict.fromkeys(("lion",), "trainer.optim=lion_32bit"),
+        **dict.fromkeys(("lion", "lion_pytorch"), "trainer.optim=lion_32bit"),
+        **dict.fromkeys(("galore",), "trainer.optim=galore_adamw"),
+        **dict.fromkeys(("apollo",), "trainer.optim=apollo_adamw"),
+        **dict.fromkeys(("schedule_free", "schedulefree", "adamw_schedule_free"), "trainer.optim=schedule_free_adamw"),
     },
     "trainer.lr_scheduler_type": {
         **dict.fromkeys(("cosine_annealing", "cosine-annealing", "cos"), "trainer.lr_scheduler_type=cosine"),

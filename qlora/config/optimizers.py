@@ -1,6 +1,6 @@
-"""The optimizers and schedules on offer, what each of them takes, and what it needs; no torch.
+"""The checks of optimizers and schedules with their arguments, and the schedules on offer; no torch.
 
-Names and arguments are those of transformers; what its trainer offers beside these cannot run here, for a reason.
+The optimizers on offer are in `registries/optimizers.py`.
 """
 
 from __future__ import annotations
@@ -11,124 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora.config.bounds import COUNT, NOT_NEGATIVE, Bound
 from qlora.config.foreign_names import known_value
+from qlora.config.registries.optimizers import LEFT_OUT, OPTIMIZERS, Choices
 from qlora.errors import ConfigError, ResourceError, did_you_mean
-
-Choices = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The range of a number: from `low`, or right above it, to below `high`."""
-
-    low: float = 0.0
-    high: float = math.inf
-    is_open: bool = False
-    """Whether `low` itself is excluded, in a range with a `high`."""
-
-    def allows(self, number: float) -> bool:
-        """Returns whether a number is in the range."""
-        return (self.low < number if self.is_open else self.low <= number) and number < self.high
-
-    @property
-    def rule(self) -> str:
-        """The rule, as a message states it."""
-        if self.high == math.inf:
-            return f"be {self.low:g} or more" if self.low else "not be negative"
-        return f"be {'above' if self.is_open else 'at least'} {self.low:g} and below {self.high:g}"
-
-
-NOT_NEGATIVE, SHARE, INNER_SHARE, COUNT = Bound(), Bound(high=1), Bound(high=1, is_open=True), Bound(low=1)
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """What an optimizer takes and needs."""
-
-    arguments: Mapping[str, type | Choices] = field(default_factory=dict)
-    """The keys of `trainer.optim_args` that it reads."""
-    bounds: Mapping[str, Bound] = field(default_factory=dict)
-    """The ranges of those numbers, as the library checks them or divides by them."""
-    module: str | None = None
-    package: str | None = None
-    """The package of the module, if it is not transformers, torch or bitsandbytes."""
-    needs_cuda: bool = False
-    is_schedule_free: bool = False
-    """Whether it averages weights in place of a schedule."""
-
-
-_ADEMAMIX = {"beta3": float, "alpha": float, "t_alpha": int, "t_beta3": int}
-_RMSPROP = {"alpha": float, "momentum": float, "eps": float}
-_ADEMAMIX_BOUNDS = {"beta3": SHARE, "t_alpha": NOT_NEGATIVE, "t_beta3": NOT_NEGATIVE}
-_RMSPROP_BOUNDS = {"alpha": INNER_SHARE, "momentum": SHARE, "eps": NOT_NEGATIVE}
-"""Those of bitsandbytes; torch takes 1 and more."""
-_AVERAGING = {"r": float, "weight_lr_power": float}
-
-
-def _torchao() -> Optimizer:
-    return Optimizer({"block_size": int, "bf16_stochastic_round": bool}, {"block_size": COUNT}, "torchao", "torchao")
-
-
-def _schedule_free() -> Optimizer:
-    return Optimizer(_AVERAGING, module="schedulefree", package="schedulefree", is_schedule_free=True)
-
-
-OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw_torch": Optimizer(),
-    "adamw_torch_fused": Optimizer(),
-    "adamw_torch_8bit": _torchao(),
-    "adamw_torch_4bit": _torchao(),
-    "adamw_8bit": Optimizer(),
-    "adamw_bnb_8bit": Optimizer(),
-    "paged_adamw_32bit": Optimizer(),
-    "paged_adamw_8bit": Optimizer(),
-    "adafactor": Optimizer(),
-    "adagrad": Optimizer({"lr_decay": float, "eps": float}, dict.fromkeys(("lr_decay", "eps"), NOT_NEGATIVE)),
-    "ademamix": Optimizer(_ADEMAMIX, _ADEMAMIX_BOUNDS),
-    "ademamix_8bit": Optimizer(_ADEMAMIX, _ADEMAMIX_BOUNDS),
-    "paged_ademamix_32bit": Optimizer(_ADEMAMIX, _ADEMAMIX_BOUNDS, needs_cuda=True),
-    "paged_ademamix_8bit": Optimizer(_ADEMAMIX, _ADEMAMIX_BOUNDS, needs_cuda=True),
-    "lion_32bit": Optimizer(),
-    "lion_8bit": Optimizer(),
-    "paged_lion_32bit": Optimizer(),
-    "paged_lion_8bit": Optimizer(),
-    "rmsprop": Optimizer({**_RMSPROP, "centered": bool}, dict.fromkeys(_RMSPROP, NOT_NEGATIVE)),
-    "rmsprop_bnb": Optimizer(_RMSPROP, _RMSPROP_BOUNDS),
-    "rmsprop_bnb_32bit": Optimizer(_RMSPROP, _RMSPROP_BOUNDS),
-    "rmsprop_bnb_8bit": Optimizer(_RMSPROP, _RMSPROP_BOUNDS),
-    "sgd": Optimizer({"momentum": float, "dampening": float, "nesterov": bool}, {"momentum": NOT_NEGATIVE}),
-    "stable_adamw": Optimizer(
-        {"decouple_lr": bool, "max_lr": float, "kahan_sum": bool}, {"max_lr": NOT_NEGATIVE}, "optimi", "torch-optimi"
-    ),
-    "schedule_free_adamw": _schedule_free(),
-    "schedule_free_radam": _schedule_free(),
-    "schedule_free_sgd": _schedule_free(),
-}  # fmt: skip
-"""By transformers' names; it has 41, those in `LEFT_OUT` too."""
-
-_IN_BACKWARD = (
-    "it changes weights within the backward pass, so that micro-batches do not add up, and keeps its state where no "
-    "checkpoint finds it"
-)
-_PROJECTS = (
-    "it projects the gradients of whole matrices, where an adapter's are of low rank already, and keeps objects in its "
-    "state that a checkpoint, which holds tensors alone, does not read back"
-)
-_OTHER_DEVICE = "it runs on devices that this project does not know"
-_LOW_RANK = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw")
-LEFT_OUT: dict[str, str] = {
-    "adamw_torch_xla": _OTHER_DEVICE,
-    "adamw_torch_npu_fused": _OTHER_DEVICE,
-    "adamw_anyprecision": "it belongs to the package torchdistx, which does not work with today's torch",
-    "grokadamw": "it keeps its state where no checkpoint includes it, and needs losses that no trainer passes to it",
-    **dict.fromkeys(("lomo", "adalomo"), _IN_BACKWARD),
-    **dict.fromkeys(
-        ("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _IN_BACKWARD
-    ),
-    "apollo_adamw_layerwise": _IN_BACKWARD,
-    **dict.fromkeys(_LOW_RANK, _PROJECTS),
-}
-"""Optimizers of transformers' trainer that are not offered, and why."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +211,13 @@ def read_arguments(name: str, text: str | None) -> dict[str, Any]:
     """Returns the arguments that `write_arguments` wrote; transformers takes some of them as texts."""
     kinds = OPTIMIZERS[name].arguments
     pairs = (pair.partition("=")[::2] for pair in text.split(",")) if text else ()
-    return {key: value == "True" if kinds[key] is bool else kinds[key](value) for key, value in pairs}  # type: ignore[operator]
+    return {key: _read(kinds[key], value) for key, value in pairs}
+
+
+def _read(kind: type | Choices, text: str) -> Any:
+    if kind is bool:
+        return text == "True"
+    return text if isinstance(kind, tuple) else kind(text)
 
 
 def _ours(key: str, name: str, known: Iterable[str]) -> str:

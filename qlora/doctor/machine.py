@@ -96,11 +96,10 @@ def check_disk(config: Config, folder: Path) -> Iterator[Finding]:
 
 
 def _written(config: Config, plan: Plan) -> float:
-    """Returns the bytes of the checkpoints that are kept and of the result: weights in 32 bits, two states of Adam."""
-    trained = plan.training.shape.parameters
-    if config.lora.enabled:
-        trained = Ledger(plan.training.shape, plan.setup).trained_count
-    weights, states = 4 * trained, 2 * (1 if "8bit" in config.trainer.optim else 4) * trained
+    """Returns the bytes of the checkpoints that are kept and of the result: weights in 32 bits, and the states."""
+    ledger = Ledger(plan.training.shape, plan.setup)
+    weights = 4 * (ledger.trained_count if config.lora.enabled else plan.training.shape.parameters)
+    states = sum(ledger.optimizer)
     return weights + _checkpoints(config.trainer) * (weights + states)
 
 

@@ -125,7 +125,9 @@ RULES: dict[str, Rule] = {
     "eval_delay": Lost("measuring begins at once"),
     "greater_is_better": OnlyIf((False,), "the best state is that of the lowest held-out loss"),
     "metric_for_best_model": OnlyIf(("loss", "eval_loss"), "the best state is that of the lowest held-out loss"),
-    "optim_target_modules": Lost("optimizers that project gradients are not offered"),
+    "optim_target_modules": OnlyIf(
+        ("all-linear", "all_linear"), "every matrix is projected but embeddings and the output matrix"
+    ),
     "deepspeed": Lost(shared_rules.NO_DEEPSPEED),
     **dict.fromkeys(("fsdp", "fsdp_config"), Lost(shared_rules.SHARDED)),
     "parallelism_config": Lost(shared_rules.ONE_DEVICE),

@@ -100,9 +100,14 @@ def _oft(settings: Settings) -> Iterator[Part]:
 
 
 def _optimizer(settings: Settings) -> Iterator[Part]:
-    for flag in ("use_galore", "use_apollo", "use_badam", "use_muon", "use_adam_mini"):
+    for flag in ("use_badam", "use_adam_mini"):
         if settings.take(flag):
-            yield Lost("needs settings that trainer.optim has not; the optimizer of optim is taken", flag)
+            yield Lost("there is no such optimizer here; the one of optim is taken", flag)
+    if settings.take("use_muon"):
+        yield "trainer.optim=muon"
+    for name in ("galore", "apollo"):
+        if settings.take(f"use_{name}"):
+            yield from _projection(settings, name)
     if settings.take("disable_gradient_checkpointing"):
         yield "trainer.gradient_checkpointing=false"
         settings.read.add("gradient_checkpointing")
@@ -111,6 +116,35 @@ def _optimizer(settings: Settings) -> Iterator[Part]:
     if (steps := settings.take("early_stopping_steps")) is not None:
         yield "callbacks=early-stopping"
         yield f"callbacks.early_stopping.patience={steps}"
+
+
+PROJECTED = {
+    "galore": {"rank": 16, "update_interval": 200, "scale": 2.0, "proj_type": "std"},
+    "apollo": {"rank": 16, "update_interval": 200, "scale": 32.0, "proj": "random", "scale_type": "channel"},
+}
+"""What GaLore and APOLLO take, with its defaults."""
+
+
+def _projection(settings: Settings, name: str) -> Iterator[Part]:
+    values = {
+        {"update_interval": "update_proj_gap"}.get(key, key): settings.take(f"{name}_{key}", default)
+        for key, default in PROJECTED[name].items()
+    }
+    optim = str(settings.look("optim"))
+    if name == "galore" and optim.startswith(("adamw", "adafactor")) and "8bit" in optim:
+        yield Lost("GaLore's states are in the dtype of the weights here", "optim")
+    yield from shared_rules.choose_projection(
+        "galore_adafactor" if name == "galore" and optim == "adafactor" else f"{name}_adamw", values
+    )
+    if settings.take(f"{name}_target", "all") != "all":
+        yield Lost("every matrix is projected but embeddings and the output matrix", f"{name}_target")
+    if settings.take(f"{name}_layerwise"):
+        yield Lost(shared_rules.LAYERWISE, f"{name}_layerwise")
+    if name == "apollo":
+        if settings.take("apollo_proj_type", "std") != "std":
+            yield Lost("the shorter side of a matrix is projected", "apollo_proj_type")
+        if settings.take("apollo_scale_front"):
+            yield Lost("gradients are scaled after their growth is limited", "apollo_scale_front")
 
 
 PAIR_LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}

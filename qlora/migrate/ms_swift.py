@@ -61,6 +61,10 @@ FILES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 HUB = "ids are of ModelScope there; the hub of Hugging Face is asked here"
 
 
+GALORE: dict[str, Any] = {"rank": 128, "update_proj_gap": 50, "scale": 1.0, "proj_type": "std"}
+"""What GaLore takes, with its defaults."""
+
+
 def _model(settings: Settings) -> Iterator[Part]:
     if (method := settings.look("rlhf_type")) not in (None, *METHODS):
         raise ConfigError(f"from: rlhf_type={method} {preferences.GENERATES}")
@@ -123,6 +127,24 @@ def _other_kind(settings: Settings, tuner: str) -> Iterator[Part]:
         for key in ("d_initial", "projection_prng_key"):
             if (value := settings.take(f"vera_{key}")) is not None:
                 yield write_override(f"lora.options.{key}", value)
+
+
+def _optimizer(settings: Settings) -> Iterator[Part]:
+    name = settings.take("optimizer")
+    if name == "muon":
+        yield "trainer.optim=muon"
+    elif name not in (None, "default", "galore"):
+        yield Lost("there is no such optimizer here; the one of optim is taken", "optimizer")
+    if not (settings.take("use_galore") or name == "galore"):
+        return
+    values = {key: settings.take(f"galore_{key}", default) for key, default in GALORE.items()}
+    is_adafactor = settings.look("optim") == "adafactor"
+    yield from shared_rules.choose_projection("galore_adafactor" if is_adafactor else "galore_adamw", values)
+    for key in ("target_modules", "with_embedding", "quantization"):
+        if settings.take(f"galore_{key}"):
+            yield Lost(
+                "every matrix is projected but embeddings and the output matrix, without rounding", f"galore_{key}"
+            )
 
 
 def _steps(settings: Settings) -> Iterator[Part]:
@@ -321,7 +343,7 @@ SWIFT = Dialect(
     defaults=DEFAULTS,
     fixed=hf_arguments.FIXED,
     rules=RULES,
-    joints=(_model, _bits, hf_arguments.schedule, _steps, _data, _loss),
+    joints=(_model, _bits, hf_arguments.schedule, _optimizer, _steps, _data, _loss),
 )
 OF_COMMAND: dict[tuple[str, ...], dict[str, Any]] = {
     ("swift", "pt"): {"use_chat_template": False, "loss_scale": "all"},

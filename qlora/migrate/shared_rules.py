@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora.config.optimizers import OPTIMIZERS, SCHEDULES
+from qlora.config.optimizers import SCHEDULES
 from qlora.config.options import model_presets
 from qlora.config.overrides import write_override
+from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.errors import did_you_mean
 from qlora.migrate.translation import Lost, Part
 
@@ -135,13 +136,27 @@ def choose_quantization(
 
 def choose_optimizer(name: str, key: str) -> Iterator[Part]:
     """Yields the optimizer, if transformers has one of this name."""
-    known = {"adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused", "adamw": "adamw_torch"}
+    known = {
+        "adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused", "adamw": "adamw_torch",
+        "optimi_adamw": "adamw_torch", "lion_pytorch": "lion_32bit",
+        "ao_adamw_8bit": "adamw_torch_8bit", "ao_adamw_4bit": "adamw_torch_4bit",
+    }  # fmt: skip
     name = known.get(name, name)
     if name in OPTIMIZERS:
         yield write_override("trainer.optim", name)
     else:
         yield "trainer.optim=adamw_torch_fused"
         yield Lost(f"no such optimizer here{did_you_mean(name, OPTIMIZERS)}; adamw_torch_fused is taken", key)
+
+
+LAYERWISE = "it changes weights within the backward pass there; here all weights move at the end of a step"
+
+
+def choose_projection(optim: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields an optimizer that projects gradients, with its arguments."""
+    yield f"trainer.optim={optim}"
+    for key, value in values.items():
+        yield write_override(f"trainer.optim_args.{key}", value)
 
 
 def choose_schedule(name: str, key: str) -> Iterator[Part]:

@@ -20,8 +20,18 @@ SHORTEST_ROW = 256
 LOWEST_RANK = 8
 ANSWERING = 1e9
 """Bytes that a base which is not trained needs beside its weights: the tokens of answers or of held-out rows."""
-EIGHT_BIT = {"lion_32bit": "paged_lion_8bit", "paged_lion_32bit": "paged_lion_8bit", "lion_8bit": "paged_lion_8bit"}
-"""The optimizer of least memory for those that are not Adam's."""
+EIGHT_BIT = {
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "lion_8bit", "paged_lion_8bit"), "paged_lion_8bit"),
+    **dict.fromkeys(
+        ("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"), "paged_ademamix_8bit"
+    ),
+    **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_32bit", "rmsprop_bnb_8bit"), "rmsprop_bnb_8bit"),
+    **dict.fromkeys(
+        ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+        "paged_adamw_8bit",
+    ),
+}
+"""The optimizer of least memory that computes the same."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +191,11 @@ def _shorter(training: Training, gpu: Gpu, *, key: str) -> Step:
 
 
 def _smaller_states(training: Training, gpu: Gpu) -> Step:
-    optim = EIGHT_BIT.get(training.setup.optim, "paged_adamw_8bit")
-    changed = replace(training, setup=replace(training.setup, optim=optim))
-    return f"trainer.optim={optim}", "states are rounded to 8 bits", changed
+    same = EIGHT_BIT.get(training.setup.optim)
+    optim = same or "paged_adamw_8bit"
+    changed = replace(training, setup=replace(training.setup, optim=optim, optim_args={}))
+    loses = "states are rounded to 8 bits" if same else "AdamW takes its place, with states in 8 bits"
+    return f"trainer.optim={optim}", loses, changed
 
 
 def _fewer_bits(training: Training, gpu: Gpu) -> Step:

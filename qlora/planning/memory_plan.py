@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qlora.config.registries.adapter_kinds import LayerSize
+from qlora.config.registries.optimizer_states import Trained
+from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.config.schema import PlanStep
 from qlora.experts.waiting import ROOM
 from qlora.planning.activations import Activations
 from qlora.planning.model_shape import Linear, Shape
-from qlora.planning.optimizer_states import EIGHT_BIT_FROM, OPTIMIZERS, PAGED_FROM
 from qlora.planning.setup import Setup
 
 CONTEXT = 0.6e9
@@ -160,16 +161,44 @@ class Ledger:
 
     @property
     def _all_weights(self) -> Counter[int]:
+        sizes: Counter[int] = Counter()
+        for tensor, copies in self._weights.items():
+            sizes[tensor.size] += copies
+        return sizes
+
+    @property
+    def _weights(self) -> Counter[Trained]:
+        """The tensors of the whole model."""
         shape, embeddings = self.shape, 1 if self.shape.tied else 2
-        matrices = Counter(linear.weights for layer in range(shape.layers) for linear in shape.linears_of(layer))
+        tensors = Counter(
+            Trained((linear.outputs, linear.inputs))
+            for layer in range(shape.layers)
+            for linear in shape.linears_of(layer)
+        )
         if (experts := shape.experts) is not None:
-            size = experts.count * experts.intermediate * experts.hidden
-            matrices.update([(2 if experts.has_gate else 1) * size] * len(experts.layers))
-            matrices.update([size] * len(experts.layers))
+            first = (2 if experts.has_gate else 1) * experts.intermediate
+            tensors[Trained((experts.count, first, experts.hidden))] += len(experts.layers)
+            tensors[Trained((experts.count, experts.hidden, experts.intermediate))] += len(experts.layers)
         small = shape.unquantized - embeddings * shape.hidden * shape.vocabulary
-        matrices[shape.hidden * shape.vocabulary] += embeddings
-        matrices[shape.hidden] += small // shape.hidden
-        return matrices
+        tensors[Trained((shape.vocabulary, shape.hidden), is_matrix=False)] += embeddings
+        tensors[Trained((shape.hidden,), is_matrix=False)] += small // shape.hidden
+        return tensors
+
+    @cached_property
+    def _tensors(self) -> Counter[Trained]:
+        """How many trained tensors there are of each kind; an adapter's matrices by rank and width."""
+        if self.setup.r == 0:
+            return self._weights
+        vectors: Counter[int] = Counter()
+        if self.setup.dora:
+            for layer, names in enumerate(self.targets):
+                vectors.update(linear.outputs for linear in self.shape.linears_of(layer) if linear.name in names)
+        tensors: Counter[Trained] = Counter()
+        for size, copies in self.trained.items():
+            rank = math.gcd(size, self.setup.r)
+            tensors[Trained((rank, size // rank))] += copies - vectors[size]
+            tensors[Trained((size,), is_matrix=False)] += vectors[size]
+        return +tensors
 
     def _adapter(self, linear: Linear, rank: int) -> Counter[int]:
         """Returns the trained tensors of one adapter; trained bias vectors are too small to count."""
@@ -216,18 +245,11 @@ class Ledger:
     @property
     def optimizer(self) -> tuple[int, int]:
         """The states on the GPU, and the paged ones."""
-        kind = OPTIMIZERS[self.setup.optim]
+        states, arguments = OPTIMIZERS[self.setup.optim].states, self.setup.optim_args
         fixed = paged = 0
-        for size, copies in self.trained.items():
-            small = kind.bits == 8 and size < EIGHT_BIT_FROM
-            size_of_state = self.trained_bytes if kind.parameter_dtype else 4 if small else kind.bits // 8
-            states = kind.states * size * size_of_state * copies
-            if kind.paged and size >= PAGED_FROM:
-                paged += states
-            else:
-                fixed += states
-            if kind.bits == 8 and not small:
-                fixed += kind.states * 4 * math.ceil(size / 256) * copies
+        for tensor, copies in self._tensors.items():
+            kept = states.bytes_of(tensor, self.trained_bytes, arguments)
+            fixed, paged = fixed + copies * kept[0], paged + copies * kept[1]
         return fixed, paged
 
     @property
@@ -316,10 +338,10 @@ class Ledger:
                 + angles + self.saved(layer),
                 "backward pass of a layer": activations.backward(layer),
             }  # fmt: skip
-        kind = OPTIMIZERS[setup.optim]
-        scratch = (
-            kind.scratch + (kind.parameter_dtype and setup.guarded)
-        ) * self.gradients  # others copy a chunk at a time
+        states = OPTIMIZERS[setup.optim].states
+        copied = states.scratch + (states.is_in_parameter_dtype and setup.guarded)  # others copy a chunk at a time
+        one = max((tensor.size for tensor in self._tensors), default=0)
+        scratch = copied * self.gradients + states.one_tensor * one
         yield OPTIMIZER_STEP, {**base, "gradients": self.gradients, "optimizer's step": scratch}
         if self.shape.experts is not None and setup.base.experts_bytes is not None:  # merged, then quantized
             merged = self.shape.experts.weights * setup.base.unquantized_bytes

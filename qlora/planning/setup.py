@@ -66,6 +66,7 @@ class Setup:
     """The settings of that kind."""
     head_outputs: int = 0
     """The numbers that a head makes of a text; 0: there is no matrix for them."""
+    optim_args: Mapping[str, Any] = field(default_factory=dict)
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 

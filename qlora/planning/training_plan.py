@@ -26,7 +26,7 @@ from qlora.config.schema import (
 )
 from qlora.config.schema.head import planned_outputs
 from qlora.config.training_length import TokenCount, TrainingLength, training_length
-from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
+from qlora.errors import DataError, ResourceError
 from qlora.models.context import fit_rows
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
@@ -42,7 +42,7 @@ from qlora.planning.advice import (
     most_kept,
 )
 from qlora.planning.gpus import Gpu, find_gpu
-from qlora.planning.memory_plan import CONTEXT, OPTIMIZERS, Memory, Setup
+from qlora.planning.memory_plan import CONTEXT, Memory, Setup
 from qlora.planning.model_shape import Shape
 from qlora.planning.read_shape import read_shape
 from qlora.planning.time_plan import Speed, plan_speed
@@ -200,14 +200,9 @@ def find_shape(config: Config) -> Shape:
 
 
 def read_setup(config: Config, shape: Shape) -> Setup:
-    """Returns what decides the memory of the training; raises `ConfigError` for an optimizer that is not known."""
+    """Returns what decides the memory of the training."""
     quantization, lora, trainer = config.quantization, config.lora, config.trainer
     data, offload = fit_rows(config.data, shape.context), quantization.experts_offload
-    if trainer.optim not in OPTIMIZERS:
-        raise ConfigError(
-            f"trainer.optim={trainer.optim}: task=plan does not know what it stores"
-            f"{did_you_mean(trainer.optim, OPTIMIZERS)}; it knows {', '.join(OPTIMIZERS)}"
-        )
     targets = choose_targets(shape, lora) if lora.enabled else ()
     return Setup(
         base=find_method(quantization).stored_base(quantization),
@@ -223,6 +218,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         bf16_adapters=lora.dtype is LoraDtype.bf16,
         dropout=lora.dropout > 0,
         optim=trainer.optim,
+        optim_args=trainer.optim_args,
         rows=trainer.per_device_train_batch_size,
         length=config.plan.length or data.pack_length or data.longest_row or shape.context,
         accumulates=trainer.gradient_accumulation_steps > 1,

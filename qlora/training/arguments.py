@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from qlora.config.optimizers import write_arguments
+from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.config.schema import TrainerConfig
 from qlora.config.training_length import TrainingLength
 from qlora.upstream.transformers_trainer import checkpointing_arguments, use_one_gpu
@@ -27,7 +28,7 @@ def build_arguments(
 
     `length` resolves intervals that are a share of an epoch.
     """
-    intervals = length or config
+    intervals, builder = length or config, OPTIMIZERS[config.optim].builder
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         use_cpu=device.type == "cpu",
@@ -42,7 +43,7 @@ def build_arguments(
         lr_scheduler_type=config.lr_scheduler_type,
         lr_scheduler_kwargs=dict(config.lr_scheduler_kwargs or {}),
         warmup_steps=config.warmup_steps,
-        optim=config.optim,
+        optim=config.optim if builder is None else "adamw_torch",  # it accepts its own names alone
         optim_args=write_arguments(config.optim_args or {}),
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
@@ -68,6 +69,8 @@ def build_arguments(
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
+    if builder is not None:
+        arguments.optim = config.optim
     use_one_gpu(arguments)  # one process drives one device; several GPUs are for torchrun or model.device_map
     return arguments
 

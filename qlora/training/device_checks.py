@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # which imports torch
     from transformers import PreTrainedModel
 
 
-from qlora.config.optimizers import OPTIMIZERS
+from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.config.schema import ModelConfig, Parallel, TrainerConfig, no_cuda
 from qlora.errors import ConfigError
 from qlora.runtime import distributed

@@ -66,7 +66,7 @@ from qlora.training.checkpoints import (
 from qlora.training.flat_optimizer import flatten_groups, run_ahead
 from qlora.training.memory_budget import Budget, Step, StepMemory
 from qlora.training.meter import Meter
-from qlora.training.optimizer import create_loraplus, optimizer_class, resolve_schedule_steps
+from qlora.training.optimizers import create_loraplus, optimizer_class, resolve_schedule_steps
 from qlora.training.peak_memory import PeakMemory
 from qlora.training.ranks import RankCallback, Ranks
 from qlora.training.routing import build_routing_meter

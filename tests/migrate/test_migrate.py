@@ -6,6 +6,7 @@ import json
 import shlex
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,6 +288,59 @@ def test_a_llama_factory_yaml_with_its_registry_of_sets(tmp_path: Path) -> None:
     assert (config.trainer.num_train_epochs, config.trainer.eval_steps, config.trainer.save_steps) == (2.0, 50, 500)
     assert config.tracking.backend == "tensorboard"
     assert set(lost) == {"neftune_noise_alpha", "deepspeed"}
+
+
+FULL = "model_name_or_path: my/base\nfinetuning_type: full\npure_bf16: true\ndataset_dir: ONLINE\ndataset: my/rows\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "optim", "arguments", "left"),
+    [
+        ("use_muon: true", "muon", {}, set()),
+        ("use_galore: true", "galore_adamw",
+         {"rank": 16, "update_proj_gap": 200, "scale": 2.0, "proj_type": "std"}, set()),
+        ("use_galore: true\noptim: adafactor\ngalore_rank: 64\ngalore_layerwise: true\ngalore_target: mlp",
+         "galore_adafactor", {"rank": 64, "update_proj_gap": 200, "scale": 2.0, "proj_type": "std"},
+         {"galore_layerwise", "galore_target"}),
+        ("use_apollo: true\napollo_rank: 1\napollo_scale: 128\napollo_scale_type: tensor", "apollo_adamw",
+         {"rank": 1, "update_proj_gap": 200, "scale": 128.0, "proj": "random", "scale_type": "tensor"}, set()),
+        ("use_badam: true", "adamw_torch_fused", {}, {"use_badam"}),
+    ],
+)  # fmt: skip
+def test_the_optimizers_of_llama_factory(
+    tmp_path: Path, text: str, optim: str, arguments: dict[str, Any], left: set[str]
+) -> None:
+    config, lost = migrated(tmp_path, "full.yaml", FULL + text)
+    assert (config.trainer.optim, config.trainer.optim_args) == (optim, arguments)
+    assert set(lost) == left | {"template"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "optim", "arguments"),
+    [
+        ("--optimizer muon --optim_args momentum=0.9", "muon", {"momentum": 0.9}),
+        ("--use_galore true --galore_rank 32", "galore_adamw",
+         {"rank": 32, "update_proj_gap": 50, "scale": 1.0, "proj_type": "std"}),
+    ],
+)  # fmt: skip
+def test_the_optimizers_of_ms_swift(tmp_path: Path, flags: str, optim: str, arguments: dict[str, Any]) -> None:
+    text = f"swift sft --model my/base --use_hf true --dataset my/rows --tuner_type full {flags}\n"
+    config, _ = migrated(tmp_path, "run.sh", text)
+    assert (config.trainer.optim, config.trainer.optim_args) == (optim, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "optim"),
+    [("lion_pytorch", "lion_32bit"), ("ao_adamw_8bit", "adamw_torch_8bit"), ("muon", "muon"),
+     ("schedule_free_adamw", "schedule_free_adamw"), ("dion", "adamw_torch_fused")],
+)  # fmt: skip
+def test_the_optimizers_of_axolotl(tmp_path: Path, name: str, optim: str) -> None:
+    text = (
+        f"base_model: my/base\nadapter: lora\noptimizer: {name}\nlr_scheduler: constant\ndatasets:\n  - path: my/rows\n"
+    )
+    config, lost = migrated(tmp_path, "a.yaml", f"{text}    type: alpaca\n")
+    assert config.trainer.optim == optim
+    assert ("optimizer" in lost) == (name == "dion")
 
 
 def test_a_llama_factory_set_that_is_registered_nowhere_is_named(tmp_path: Path) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from real_models import KINDS, adapted, base, peak_bytes, saved_bytes, setup, shape
-from transformers import Trainer, TrainingArguments
+from real_models import CPU, KINDS, adapted, base, peak_bytes, saved_bytes, setup, shape
 
 import qlora.step.kernels.dequantize
 from qlora.config.compose import compose
+from qlora.config.registries.optimizers import OPTIMIZERS, Optimizer
 from qlora.planning import activations
 from qlora.planning.adapter_targets import find_targets
 from qlora.planning.memory_plan import Ledger
-from qlora.planning.optimizer_states import OPTIMIZERS
+from qlora.planning.setup import Setup
 from qlora.quantization.method import find_method
+from qlora.training.arguments import build_arguments
+from qlora.training.optimizers import optimizer_class
 
 BF16 = compose(["quantization=none"]).quantization
 BF16_BASE = find_method(BF16).stored_base(BF16)
@@ -74,26 +81,72 @@ def test_adapters_and_gradients_are_peft_s(kind: str, overrides: list[str]) -> N
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_states_are_the_optimizer_s(optim: str) -> None:
-    sizes = shape("llama", hidden_size=128, intermediate_size=2048, num_hidden_layers=1)
-    model = adapted("llama", "lora.r=64", hidden_size=128, intermediate_size=2048, num_hidden_layers=1)
-    arguments = TrainingArguments(output_dir="unused", optim=optim, use_cpu=True, report_to="none")
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    kind = OPTIMIZERS[optim]
+    if kind.needs_cuda and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if kind.module is not None:
+        pytest.importorskip(kind.module)
+    wider = {"hidden_size": 128, "intermediate_size": 2048, "num_hidden_layers": 1}
+    for given in given_to(kind):
+        if kind.trains_all_weights:
+            model: torch.nn.Module = copy.deepcopy(base("llama", "quantization=none", **wider)).requires_grad_(True)
+            chosen = {"r": 0, "base": BF16_BASE}
+        else:
+            model, chosen = adapted("llama", "lora.r=64", **wider), {"r": 64}
+        compare_states(optim, given, model, Ledger(shape("llama", **wider), planned_setup(optim, given, **chosen)))
+
+
+def given_to(kind: Optimizer) -> list[dict[str, Any]]:
+    """Returns arguments that change what an optimizer keeps."""
+    if "proj_type" in kind.arguments:
+        return [{"rank": 8, "proj_type": name} for name in kind.arguments["proj_type"]]
+    if kind.trains_all_weights:
+        return [{"rank": 1}, {"rank": 100}]
+    return [{}, *({name: value} for name, value in (("momentum", 0.9), ("centered", True)) if name in kind.arguments)]
+
+
+def planned_setup(optim: str, given: dict[str, Any], **chosen: Any) -> Setup:
+    wider = {"hidden_size": 128, "intermediate_size": 2048, "num_hidden_layers": 1}
+    return setup(shape("llama", **wider), optim=optim, optim_args=given, **chosen)
+
+
+def compare_states(optim: str, given: dict[str, Any], model: torch.nn.Module, ledger: Ledger) -> None:
+    config = compose(["recipe=none", "lora=none", "quantization=none", f"trainer.optim={optim}"]).trainer
+    config.optim_args = given
+    arguments = build_arguments(config, output_dir=Path("unused"), device=CPU, compute=torch.float32, seed=0)
+    kind, options = optimizer_class(arguments, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = kind(trained, **options)
+    optimizer = kind([{"params": trained}], **options)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     for parameter in trained:
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    seen = {}
-    for state in optimizer.state.values():
-        for name, tensor in state.items():
-            if isinstance(tensor, torch.Tensor) and name != "step" and not name.startswith("qmap"):
-                seen[tensor.data_ptr()] = tensor.nbytes
-    ledger = Ledger(sizes, setup(sizes, r=64, optim=optim))
+    kept = {tensor.data_ptr(): tensor.nbytes for state in optimizer.state.values() for tensor in tensors_of(state)}
     fixed, paged = ledger.optimizer
-    assert fixed + paged == sum(seen.values())
-    large = [parameter for parameter in trained if parameter.numel() >= 100_000]
-    assert large
+    assert fixed + paged == sum(kept.values())
+    assert any(parameter.numel() >= 100_000 for parameter in trained)
     assert bool(paged) == optim.startswith("paged")
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors of a state without single numbers and the codebooks that all states of bitsandbytes share."""
+    if isinstance(value, torch.Tensor):
+        inner = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else None
+        if inner is not None:
+            for name in inner:
+                yield getattr(value, name)
+        elif value.dim():
+            yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if not str(name).startswith("qmap"):
+                yield from tensors_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from tensors_of(item)
+    elif hasattr(value, "ortho_matrix"):
+        yield from tensors_of(value.ortho_matrix)
 
 
 def per_layer(kind: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch, length: int) -> int:

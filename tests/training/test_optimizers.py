@@ -18,14 +18,13 @@ from transformers.training_args import OptimizerNames
 
 from qlora.config.compose import compose
 from qlora.config.optimizers import (
-    LEFT_OUT,
-    OPTIMIZERS,
     SCHEDULES,
     check_installed,
     check_optimizer,
     read_arguments,
     write_arguments,
 )
+from qlora.config.registries.optimizers import LEFT_OUT, OPTIMIZERS
 from qlora.config.schema import LossConfig, QuantizationConfig, TrainerConfig
 from qlora.data.batching.collate import Collator, count_work
 from qlora.errors import UserError
@@ -47,7 +46,8 @@ ARGUMENTS: dict[str, Any] = {
     "window_size": 2, "reset_start": 5, "warmup_type": "cosine", "decay_type": "1-sqrt",
     "beta3": 0.99, "alpha": 0.9, "t_alpha": 3, "t_beta3": 3, "momentum": 0.5, "centered": True, "lr_decay": 0.1,
     "dampening": 0.0, "nesterov": True, "r": 1.0, "weight_lr_power": 1.0, "block_size": 128,
-    "bf16_stochastic_round": False, "decouple_lr": True, "kahan_sum": True,
+    "bf16_stochastic_round": False, "decouple_lr": True, "kahan_sum": True, "ns_steps": 4, "adjust_lr_fn": "original",
+    "rank": 3, "update_proj_gap": 3, "scale": 2.0, "proj_type": "reverse_std", "proj": "svd", "scale_type": "tensor",
 }  # fmt: skip
 """A value of every argument that an optimizer or a schedule takes, other than its default."""
 WATCHDOG = compose(["trainer.save_steps=2"]).watchdog
@@ -76,12 +76,13 @@ def build(
         model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     ),
     ranks: Callable[[Any], Any] = lambda model: None,
+    dtype: torch.dtype = torch.float32,
 ) -> QLoraTrainer:
     device = torch.device("cuda") if OPTIMIZERS[config.optim].needs_cuda else CPU
     torch.manual_seed(0)
     shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
-    model = adapt(model).to(device)
+    model = model.to(device, dtype) if OPTIMIZERS[config.optim].trains_all_weights else adapt(model).to(device)
     rows = [{"input_ids": [1 + row % 8, 9, 20], "labels": [-100, 9, 20]} for row in range(8)]
     return QLoraTrainer(
         model=model,
@@ -153,8 +154,23 @@ def test_an_optimizer_takes_its_arguments_and_resumes_exactly(tmp_path: Path, na
             assert (group[key], type(group[key])) == (value, type(value))
 
 
+@pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if kind.trains_all_weights])
+@pytest.mark.parametrize("kind", ["std", "right", "left", "full"])
+def test_projections_and_16_bit_states_resume_exactly(tmp_path: Path, name: str, kind: str) -> None:
+    pytest.importorskip(str(OPTIMIZERS[name].module))
+    given = {"rank": 3, "update_proj_gap": 3}  # made anew after the checkpoint, too
+    if "proj_type" in OPTIMIZERS[name].arguments:
+        given |= {"proj_type": kind}
+    elif kind in ("right", "left"):
+        pytest.skip("it has one kind of projection")
+    else:
+        given |= {"proj": {"std": "random", "full": "svd"}[kind]}
+    dtype = torch.bfloat16 if kind in ("std", "full") else torch.float32
+    check_exact(tmp_path, settings(optim=name, optim_args=given), dtype=dtype)
+
+
 @pytest.mark.matrix(1)
-@pytest.mark.parametrize("name", ["adamw_torch", "paged_adamw_8bit", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw_torch", "paged_adamw_8bit", "adafactor", "muon"])
 def test_lora_plus_resumes_exactly(tmp_path: Path, name: str) -> None:
     check_exact(tmp_path, settings(optim=name), loraplus=4.0)
 
@@ -195,7 +211,7 @@ def test_the_weights_that_are_measured_and_kept_are_the_averages(tmp_path: Path,
 
 
 def test_what_is_offered_and_what_is_left_out_are_all_of_transformers() -> None:
-    assert {name.value for name in OptimizerNames} == OPTIMIZERS.keys() | LEFT_OUT.keys()
+    assert {name.value for name in OptimizerNames} == (OPTIMIZERS.keys() - {"muon"}) | LEFT_OUT.keys()
     assert not OPTIMIZERS.keys() & LEFT_OUT.keys()
     assert SCHEDULES.keys() == {item.value for item in transformers.SchedulerType}
 
@@ -206,7 +222,9 @@ def refusal(*overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", ["adamw_torch_4bit", "stable_adamw", "schedule_free_sgd"])
+@pytest.mark.parametrize(
+    "name", ["adamw_torch_4bit", "stable_adamw", "schedule_free_sgd", "galore_adamw", "apollo_adamw"]
+)
 def test_a_package_that_is_missing_is_named_before_anything_starts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, package = OPTIMIZERS[name].module, OPTIMIZERS[name].package
     find = importlib.util.find_spec
@@ -234,6 +252,26 @@ def test_an_optimizer_that_is_left_out_is_refused_with_the_reason(name: str) -> 
     with pytest.raises(UserError) as error:
         settings(optim=name)
     assert str(error.value).startswith(f"trainer.optim={name} is not offered: it")
+
+
+@pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if kind.trains_all_weights])
+def test_an_optimizer_that_projects_gradients_is_refused_for_an_adapter(name: str) -> None:
+    assert refusal(f"trainer.optim={name}", "task=plan") == (
+        f"trainer.optim={name} projects the gradients of whole matrices to a low rank, and those of an adapter are of "
+        "low rank already; set lora=none, or choose another, e.g. trainer.optim=muon"
+    )
+    whole = ["recipe=none", "lora=none", "quantization=none", f"trainer.optim={name}", "task=plan"]
+    assert compose(whole).trainer.optim == name
+
+
+def test_a_rank_that_no_matrix_exceeds_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("galore_torch")
+    with pytest.raises(UserError) as error:
+        build(tmp_path, settings(optim="galore_adamw")).run(None)
+    assert str(error.value) == (
+        "trainer.optim=galore_adamw projects matrices that are larger than its rank, 128, and the smaller side of each "
+        "matrix of this model has at most 16; set trainer.optim_args.rank below that"
+    )
 
 
 def test_an_optimizer_that_needs_a_cuda_device_is_refused_without_one() -> None:
@@ -347,7 +385,9 @@ OWN_BOUNDS = ("t_alpha", "t_beta3")
 """What bitsandbytes takes below zero, as counts of steps that turn the average around."""
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].module is None])
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIMIZERS if not (OPTIMIZERS[name].module or OPTIMIZERS[name].builder)]
+)
 def test_arguments_are_refused_where_the_library_refuses_them(name: str) -> None:
     if not OPTIMIZERS[name].arguments:
         assert not OPTIMIZERS[name].bounds

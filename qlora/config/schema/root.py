@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from qlora.config.optimizers import OPTIMIZERS, check_installed
+from qlora.config.optimizers import check_installed
+from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.config.registries.quantization_methods import AUTO, load_method
 from qlora.config.schema.code_names import (
     CALLBACK_PACKAGES,
@@ -135,6 +136,7 @@ class Config:
         if self.task.name not in TASK_KEYS["adapter"]:  # what is trained already may be used otherwise
             self._quantization_method.check_adapter(self.quantization, self.lora)
             self._check_memory()
+            self._check_projection()
             if self.trainer.parallel is Parallel.fsdp:
                 self._check_fsdp()
             self._check_adapter_kind()
@@ -376,6 +378,15 @@ class Config:
         check_installed(name)
         if OPTIMIZERS[name].needs_cuda and self.device in (Device.cpu, Device.xpu):
             raise no_cuda(name, self.device.value)
+
+    def _check_projection(self) -> None:
+        """Refuses an optimizer that projects the gradients of whole matrices where an adapter is trained."""
+        name = self.trainer.optim
+        if OPTIMIZERS[name].trains_all_weights and self.lora.enabled:
+            raise ConfigError(
+                f"trainer.optim={name} projects the gradients of whole matrices to a low rank, and those of an adapter "
+                "are of low rank already; set lora=none, or choose another, e.g. trainer.optim=muon"
+            )
 
     def _check_fsdp(self) -> None:
         """Refuses what reads or initialises whole weights of a base that no process holds whole."""

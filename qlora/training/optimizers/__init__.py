@@ -1,7 +1,8 @@
-"""The optimizer by transformers' name, with all of its arguments, and with LoRA+ where the config asks for it."""
+"""The optimizer by its name, with all of its arguments, and with LoRA+ where the config asks for it."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from qlora.config.optimizers import read_arguments
+from qlora.config.registries.optimizers import OPTIMIZERS
 
 
 def optimizer_class(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -19,13 +21,17 @@ def optimizer_class(args: TrainingArguments, model: Any = None) -> tuple[Any, di
 
     It passes texts for numbers (`block_size`), reads every text as true, and does not give every Adam its betas.
     """
+    name = args.optim.value if isinstance(args.optim, OptimizerNames) else args.optim
+    given = read_arguments(name, args.optim_args)
+    if (path := OPTIMIZERS[name].builder) is not None:
+        module, _, function = path.partition(":")
+        return getattr(importlib.import_module(module), function)(args, model, given)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     takes = inspect.signature(kind).parameters
     if "triton" in takes and args.device.type == "cpu":  # torch-optimi assumes that Triton runs where it is installed
         options["triton"] = False
     if {"betas", "eps"} <= takes.keys():
         options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **options}
-    given = read_arguments(OptimizerNames(args.optim).value, args.optim_args)
     given.pop("beta3", None)  # among the betas already
     return kind, {**options, **given}
 
