@@ -338,8 +338,9 @@ def test_the_first_number_beyond_a_limit_is_refused(base: DictConfig, key: str, 
 
 
 CROSS_FIELD = {
-    "quantization=int8 quantization.double_quant=true": "quantization.double_quant=true needs quantization.bits=4, got "
-    "bits=8; choose quantization=int8, quantization=none or quantization=fp32, or set quantization.double_quant=false",
+    "quantization=int8 quantization.double_quant=true": "quantization.double_quant=true needs quantization.bits=4 of "
+    "bitsandbytes, got quantization.bits=8; choose quantization=int8, quantization=none or quantization=fp32, or set "
+    "quantization.double_quant=false",
     "quantization=none quantization.compute_dtype=fp32": "quantization.compute_dtype=fp32 contradicts "
     "quantization.bits=16; use quantization=fp32 for 32-bit weights, or compute_dtype=auto, bf16 or fp16",
     "data=local": "data.path is not set; give a file or a hub id, e.g. data=local data.path=my_rows.jsonl",
