@@ -262,7 +262,7 @@ def test_a_held_out_class_that_is_not_trained_is_refused(tmp_path: Path) -> None
     [
         (["head=classify", "loss=dpo"], "head=classify says something of whole texts, and loss=dpo is no loss of it"),
         (["head=regress", "loss=sft"], r"leave loss out, which takes loss=regress, or write loss=reward"),
-        (["loss=classify"], "loss=classify is the loss of head=classify; write head=classify in place of it"),
+        (["loss=classify"], "loss=classify is a loss of head=classify; write head=classify$"),
         (["head=classify", "data.packing=true"], "joins rows into one, and head=classify reads the last token of each"),
         (["head=classify", "lora=none"], "head=classify saves a head beside an adapter, and lora=none trains all"),
         (["head=classify", "lora.start=x"], "head=classify begins with a fresh adapter and head"),
