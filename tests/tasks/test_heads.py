@@ -261,7 +261,11 @@ def test_a_held_out_class_that_is_not_trained_is_refused(tmp_path: Path) -> None
     ("overrides", "message"),
     [
         (["head=classify", "loss=dpo"], "head=classify says something of whole texts, and loss=dpo is no loss of it"),
-        (["head=regress", "loss=sft"], r"leave loss out, which takes loss=regress, or write loss=reward"),
+        (
+            ["head=regress", "loss=sft"],
+            r"leave loss out, which takes loss=regress, or write loss=reward, loss=absolute",
+        ),
+        (["loss=absolute"], "loss=absolute is a loss of head=regress; write head=regress loss=absolute$"),
         (["loss=classify"], "loss=classify is a loss of head=classify; write head=classify$"),
         (["head=classify", "data.packing=true"], "joins rows into one, and head=classify reads the last token of each"),
         (["head=classify", "lora=none"], "head=classify saves a head beside an adapter, and lora=none trains all"),

@@ -73,6 +73,13 @@ SHIPPED = {
         measured=("pearson", "spearman"),
         constant="the mean",
     ),
+    "absolute": ShippedObjective(
+        "qlora.objectives.absolute:AbsoluteErrors",
+        RowKind.values,
+        head=Head.regress,
+        measured=("pearson", "spearman"),
+        constant="the median",
+    ),
     "embed": ShippedObjective(
         "qlora.objectives.embed:Embedding",
         RowKind.texts,
