@@ -16,7 +16,6 @@ class Classification(HeadLoss):
     """The objective `classify`: the negative log-likelihood of the class of each text, int64 [rows]."""
 
     rows = RowKind.classes
-    constant_name = "the most frequent class"
     columns = ("input_ids", "labels", "label")
 
     def losses(self, outputs: Tensor, truth: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qlora.config.registries.objectives import SHIPPED
 from qlora.config.schema import HeadConfig, LossConfig
 from qlora.objectives.protocol import IGNORED, TRUTH, TokenWork
 from qlora.objectives.row_loss import RowLoss
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 class HeadLoss(RowLoss):
     """An objective over whole texts; a loss of its own writes `rows`, `losses` and the methods behind it."""
 
-    constant_name = ""
-    """What it is called to say the same of all texts; empty: the untuned base says something by itself."""
-
     columns: tuple[str, ...]
 
     def __init__(self, config: LossConfig, head: HeadConfig) -> None:
         super().__init__(config)
         self.head = head
+
+    @property
+    def constant_name(self) -> str:
+        """What it is called to say the same of all texts; empty: the untuned base says something by itself."""
+        return SHIPPED[self.config.name].constant
 
     def losses(self, outputs: Tensor, truth: Tensor) -> Tensor:
         """Returns the loss of each text, float32 [rows]; `outputs` are those of the head, float32 [rows, outputs]."""

@@ -16,7 +16,6 @@ class Regression(HeadLoss):
     """The objective `regress`: the squared error of each text, a mean over its numbers, float32 [rows, numbers]."""
 
     rows = RowKind.values
-    constant_name = "the mean"
     columns = ("input_ids", "labels", "values")
 
     def losses(self, outputs: Tensor, truth: Tensor) -> Tensor:

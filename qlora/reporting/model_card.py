@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from qlora.config.registries.objectives import Head
+from qlora.config.registries.objectives import SHIPPED, Head
 from qlora.config.schema import ComputeDtype, Config, DataConfig, LoraInit, TrainerConfig, Weights
 from qlora.config.schema.adapter_kind import describe_adapter, describe_choice
 from qlora.quantization.method import find_method
@@ -25,13 +25,6 @@ HEADS = {
     Head.classify: "A classifier of texts",
     Head.regress: "A regression of texts",
     Head.embed: "A model of embeddings",
-}
-HEAD_BASELINES = {Head.classify: "most frequent class", Head.regress: "mean"}
-"""What is measured in place of the untuned base."""
-LOSSES = {
-    Head.classify: "the cross entropy in nats",
-    Head.regress: "the mean squared error",
-    Head.embed: "that of finding the right text, or the squared error of cosines",
 }
 SEEN = "seen from the folder of this card"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -167,13 +160,14 @@ def _results(config: Config, result: dict[str, Any]) -> str:
         interval = intervals.get(f"eval_{name}")
         certain = format_range(name, *interval) if interval else ""
         rows.append((name.replace("_", " "), *(format_metric(name, value) for value in values), certain))
-    baseline = HEAD_BASELINES.get(config.loss.head) if config.loss.reads_whole_texts else None
+    baseline = SHIPPED[config.loss.name].constant.removeprefix("the ") if config.loss.reads_whole_texts else ""
     previous = baseline or previous_model(config.loss.name, config.lora.start)
     head: tuple[str, ...] = ("held-out metric", previous, "this model", "95 % interval")
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     table = markdown_table(head, rows)
-    unit = LOSSES.get(config.loss.head, "") if config.loss.reads_whole_texts else "in nats per answer token"
+    name = f"that of {markdown_code(f'loss={config.loss.name}')}"
+    unit = name if config.loss.reads_whole_texts else "in nats per answer token"
     note = f"Measured on held-out rows of {markdown_code(config.data.name)}; the loss is {unit}."
     return f"{table}\n\n{note}"
 

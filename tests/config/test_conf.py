@@ -18,6 +18,7 @@ from qlora.config.command import check_overrides
 from qlora.config.compose import compose, compose_dict
 from qlora.config.help import reference
 from qlora.config.options import CONF_DIR, group_names
+from qlora.config.registries.objectives import SHIPPED, WHOLE_TEXTS
 from qlora.config.schema import described_settings
 
 QUANTIZED = Path(tempfile.mkdtemp(prefix="qlora-tests-"))
@@ -42,7 +43,7 @@ SWEEPS = [name for group, name in OPTIONS if group == "sweep"]
 
 # Their options set several groups, or depend on one another.
 ALONE = ("lora", "quantization", "experiment", "head")
-LOSSES_OF_HEADS = {("loss", name) for group, name in OPTIONS if group == "head"}
+LOSSES_OF_HEADS = {("loss", name) for name, loss in SHIPPED.items() if loss.rows in WHOLE_TEXTS}
 ON_WHOLE_TEXTS = ["data=local", "data.path=rows.jsonl", "evaluation=loss"]
 NEEDS |= {(group, name): ON_WHOLE_TEXTS for group, name in OPTIONS if group == "head" and name != "causal"}
 

@@ -261,8 +261,12 @@ def test_a_held_out_class_that_is_not_trained_is_refused(tmp_path: Path) -> None
     ("overrides", "message"),
     [
         (["head=classify", "loss=dpo"], "head=classify says something of whole texts, and loss=dpo is no loss of it"),
-        (["head=regress", "loss=sft"], r"leave loss out, which takes loss=regress, or write loss=reward"),
-        (["loss=classify"], "loss=classify is the loss of head=classify; write head=classify in place of it"),
+        (
+            ["head=regress", "loss=sft"],
+            r"leave loss out, which takes loss=regress, or write loss=reward, loss=absolute",
+        ),
+        (["loss=absolute"], "is a loss of head=regress; write head=regress loss=absolute$"),
+        (["loss=classify"], "loss=classify is a loss of head=classify; write head=classify$"),
         (["head=classify", "data.packing=true"], "joins rows into one, and head=classify reads the last token of each"),
         (["head=classify", "lora=none"], "head=classify saves a head beside an adapter, and lora=none trains all"),
         (["head=classify", "lora.start=x"], "head=classify begins with a fresh adapter and head"),
@@ -390,3 +394,17 @@ def test_rows_that_give_no_embeddings_are_refused(
 ) -> None:
     with pytest.raises((DataError, ConfigError), match=message):
         _ = data_of(tmp_path, made, "head=embed", *overrides).head
+
+
+@pytest.mark.parametrize("head", ["classify", "embed"])
+def test_fused_attention_trains_a_head_as_the_plain_step_does(
+    head: str, rows: Path, triplets: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for fused in ("false", "true"):
+        run(tmp_path / fused, f"head={head}", f"data.path={rows if head == 'classify' else triplets}",
+            f"trainer.fused_attention={fused}", "lora.dropout=0", "trainer.max_steps=2", "trainer.logging_steps=1",
+            "trainer.eval_steps=null", "trainer.keep=last", "task.evaluate=false", "task.predict=false")  # fmt: skip
+        history = json.loads((tmp_path / fused / "history.json").read_text())
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -33,6 +33,8 @@ class ShippedObjective:
     """The head that it trains."""
     measured: tuple[str, ...] = ()
     """What held-out texts are measured by beside the loss, where rows are whole texts."""
+    constant: str = ""
+    """What is measured beside the head: to say the same of all texts, by its name; empty: the untuned base."""
 
 
 SHIPPED = {
@@ -62,9 +64,21 @@ SHIPPED = {
         RowKind.classes,
         head=Head.classify,
         measured=("accuracy", "macro_f1"),
+        constant="the most frequent class",
     ),
     "regress": ShippedObjective(
-        "qlora.objectives.regress:Regression", RowKind.values, head=Head.regress, measured=("pearson", "spearman")
+        "qlora.objectives.regress:Regression",
+        RowKind.values,
+        head=Head.regress,
+        measured=("pearson", "spearman"),
+        constant="the mean",
+    ),
+    "absolute": ShippedObjective(
+        "qlora.objectives.absolute:AbsoluteErrors",
+        RowKind.values,
+        head=Head.regress,
+        measured=("pearson", "spearman"),
+        constant="the median",
     ),
     "embed": ShippedObjective(
         "qlora.objectives.embed:Embedding",

@@ -144,7 +144,8 @@ def _check_pair(head: HeadConfig, loss: LossConfig) -> None:
         return
     if head.name is Head.causal:
         raise ConfigError(
-            f"loss={loss.name} is the loss of head={loss.head.value}; write head={loss.head.value} in place of it"
+            f"loss={loss.name} is a loss of head={loss.head.value}; write head={loss.head.value}"
+            f"{'' if loss.name == loss.head.value else f' loss={loss.name}'}"
         )
     fitting = [other for other, shipped in SHIPPED.items() if shipped.head is head.name]
     raise ConfigError(
