@@ -262,6 +262,24 @@ def test_an_optimizer_that_projects_gradients_is_refused_for_an_adapter(name: st
     assert compose(whole).trainer.optim == name
 
 
+def test_the_average_of_checkpoints_is_refused_where_the_optimizer_averages() -> None:
+    chosen = ["trainer.optim=schedule_free_adamw", "trainer.keep=average", "trainer.save_steps=10", "task=plan"]
+    assert refusal(*chosen) == (
+        "trainer.keep=average and trainer.optim=schedule_free_adamw exclude each other: its checkpoints hold the "
+        "weights of the next step, and it averages by itself; change one of them"
+    )
+
+
+def test_a_gradient_that_cannot_be_projected_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("galore_torch")
+    trainer = build(tmp_path, settings(optim="galore_adamw", optim_args={"rank": 3}))
+    optimizer = trainer.create_optimizer()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.raises(UserError, match=r"^a gradient is NaN or infinite and cannot be projected; lower"):
+        optimizer.step()
+
+
 def test_a_rank_that_no_matrix_exceeds_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("galore_torch")
     with pytest.raises(UserError) as error:
