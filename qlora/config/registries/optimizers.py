@@ -1,7 +1,7 @@
 """The optimizers: what each takes, needs and stores. One line offers one; needs no torch.
 
-Names and arguments are those of transformers, and beside them `muon`. What transformers' trainer offers and is left out
-here cannot run, for a reason.
+Names and arguments are those of transformers, and beside them `muon` and `adopt_adamw`. What transformers' trainer offers
+and is left out here cannot run, for a reason.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         trains_all_weights=True,
         builder=f"{_PROJECTED}:build_apollo_adamw",
     ),
+    "adopt_adamw": Optimizer(States(per_parameter(2), one_tensor=8), builder="qlora.training.optimizers.adopt:build"),
     "muon": Optimizer(
         States(of_muon, one_tensor=16),
         {"momentum": float, "nesterov": bool, "ns_steps": int, "adjust_lr_fn": ("original", "match_rms_adamw")},
@@ -155,7 +156,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "schedule_free_radam": _schedule_free(2),
     "schedule_free_sgd": _schedule_free(1),
 }  # fmt: skip
-"""By transformers' names; it has 41, those in `LEFT_OUT` too, and not `muon`."""
+"""By transformers' names; it has 41, those in `LEFT_OUT` too, and not those with a module of ours in `builder`."""
 
 _IN_BACKWARD = (
     "it changes weights within the backward pass, so that micro-batches do not add up, and keeps its state where no "
