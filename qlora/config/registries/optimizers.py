@@ -1,7 +1,7 @@
 """The optimizers: what each takes, needs and stores. One line offers one; needs no torch.
 
-Names and arguments are those of transformers, and beside them `muon` and `adopt_adamw`. What transformers' trainer offers
-and is left out here cannot run, for a reason.
+Names and arguments are those of transformers, and beside them `muon` and `adopt_adamw`. What transformers' trainer
+offers and is left out here cannot run, for a reason.
 """
 
 from __future__ import annotations
