@@ -224,7 +224,7 @@ def test_the_manual_s_map_names_every_page() -> None:
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_keys_in_the_texts_exist(path: Path) -> None:
     known, groups = set(config_keys()), set(group_names())
-    free = ("trainer.lr_scheduler_kwargs.", "callbacks.", "data.columns.", "data.mix.")
+    free = ("trainer.lr_scheduler_kwargs.", "trainer.optim_args.", "callbacks.", "data.columns.", "data.mix.")
     for key in re.findall(r"`(\w+(?:\.\w+)+)(?:=[^`]*)?`", path.read_text(encoding="utf-8")):
         is_file = key.endswith((".py", ".yaml", ".json", ".jsonl", ".png"))
         if key.partition(".")[0] in groups and not is_file and not key.startswith(free):

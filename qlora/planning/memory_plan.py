@@ -341,7 +341,7 @@ class Ledger:
         states = OPTIMIZERS[setup.optim].states
         copied = states.scratch + (states.is_in_parameter_dtype and setup.guarded)  # others copy a chunk at a time
         one = max((tensor.size for tensor in self._tensors), default=0)
-        scratch = copied * self.gradients + states.one_tensor * one
+        scratch = copied * self.gradients + states.one_tensor * one * self.trained_bytes
         yield OPTIMIZER_STEP, {**base, "gradients": self.gradients, "optimizer's step": scratch}
         if self.shape.experts is not None and setup.base.experts_bytes is not None:  # merged, then quantized
             merged = self.shape.experts.weights * setup.base.unquantized_bytes

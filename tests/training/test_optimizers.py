@@ -34,6 +34,7 @@ from qlora.step.fast_step import FastStep
 from qlora.training.arguments import build_arguments
 from qlora.training.device_checks import check_device
 from qlora.training.meter import Meter
+from qlora.training.optimizers.adopt import Adopt
 from qlora.training.stopping import Stop
 from qlora.training.trainer import QLoraTrainer
 
@@ -211,7 +212,7 @@ def test_the_weights_that_are_measured_and_kept_are_the_averages(tmp_path: Path,
 
 
 def test_what_is_offered_and_what_is_left_out_are_all_of_transformers() -> None:
-    assert {name.value for name in OptimizerNames} == (OPTIMIZERS.keys() - {"muon"}) | LEFT_OUT.keys()
+    assert {name.value for name in OptimizerNames} == (OPTIMIZERS.keys() - {"muon", "adopt_adamw"}) | LEFT_OUT.keys()
     assert not OPTIMIZERS.keys() & LEFT_OUT.keys()
     assert SCHEDULES.keys() == {item.value for item in transformers.SchedulerType}
 
@@ -262,6 +263,40 @@ def test_an_optimizer_that_projects_gradients_is_refused_for_an_adapter(name: st
     )
     whole = ["recipe=none", "lora=none", "quantization=none", f"trainer.optim={name}", "task=plan"]
     assert compose(whole).trainer.optim == name
+
+
+def test_the_average_of_checkpoints_is_refused_where_the_optimizer_averages() -> None:
+    chosen = ["trainer.optim=schedule_free_adamw", "trainer.keep=average", "trainer.save_steps=10", "task=plan"]
+    assert refusal(*chosen) == (
+        "trainer.keep=average and trainer.optim=schedule_free_adamw exclude each other: its checkpoints hold the "
+        "weights of the next step, and it averages by itself; change one of them"
+    )
+
+
+def test_a_gradient_that_cannot_be_projected_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("galore_torch")
+    trainer = build(tmp_path, settings(optim="galore_adamw", optim_args={"rank": 3}))
+    optimizer = trainer.create_optimizer()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.raises(UserError, match=r"^a gradient is NaN or infinite and cannot be projected; lower"):
+        optimizer.step()
+
+
+def test_adopt_scales_a_gradient_by_the_moments_before_it() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = Adopt([weight], 0.1, (0.9, 0.99), 1e-6, weight_decay=0.01)
+    expected, average, square = weight.detach().clone().double(), torch.zeros(2).double(), torch.zeros(2).double()
+    for step, gradient in enumerate(torch.tensor([[0.5, -1.0], [0.3, 4.0], [-0.2, 0.0]])):
+        weight.grad = gradient.clone()
+        optimizer.step()
+        wide = gradient.double()
+        if step:
+            scaled = (wide / square.sqrt().clamp(min=1e-6)).clamp(-(step**0.25), step**0.25)
+            average = 0.9 * average + 0.1 * scaled
+            expected = expected * (1 - 0.1 * 0.01) - 0.1 * average
+        square = 0.99 * square + 0.01 * wide**2 if step else wide**2
+    assert weight.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_a_rank_that_no_matrix_exceeds_is_refused(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class States:
     scratch: int = 0
     """Copies of all parameters while a step is taken."""
     one_tensor: int = 0
-    """Bytes for each number of the largest tensor while it is updated, in optimizers that take one after the other."""
+    """Copies of the tensor that is updated, in optimizers that take one after the other."""
 
     def bytes_of(self, tensor: Trained, width: int, arguments: Arguments) -> tuple[int, int]:
         """Returns the bytes that are kept of a tensor whose numbers take `width`: fixed, and paged."""

@@ -1,7 +1,7 @@
 """The optimizers: what each takes, needs and stores. One line offers one; needs no torch.
 
-Names and arguments are those of transformers, and beside them `muon`. What transformers' trainer offers and is left out
-here cannot run, for a reason.
+Names and arguments are those of transformers, and beside them `muon` and `adopt_adamw`. What transformers' trainer
+offers and is left out here cannot run, for a reason.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _PROJECTION_BOUNDS = {**dict.fromkeys(("rank", "update_proj_gap"), COUNT), "scal
 
 
 def _torchao(bits: int) -> Optimizer:
-    return Optimizer(TorchaoStates(per_parameter(2), one_tensor=16, bits=bits), *_BLOCKS, "torchao", "torchao")
+    return Optimizer(TorchaoStates(per_parameter(2), one_tensor=4, bits=bits), *_BLOCKS, "torchao", "torchao")
 
 
 def _schedule_free(numbers: int) -> Optimizer:
@@ -109,7 +109,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_bnb_8bit": Optimizer(_ADAM8),
     "paged_adamw_32bit": Optimizer(BitsandbytesStates(per_parameter(2), paged=True)),
     "paged_adamw_8bit": Optimizer(BitsandbytesStates(per_parameter(2), bits=8, paged=True)),
-    "adafactor": Optimizer(Float32States(of_adafactor, one_tensor=12)),
+    "adafactor": Optimizer(Float32States(of_adafactor, one_tensor=3)),
     "adagrad": Optimizer(
         States(per_parameter(1)), {"lr_decay": float, "eps": float}, dict.fromkeys(("lr_decay", "eps"), NOT_NEGATIVE)
     ),
@@ -134,10 +134,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
         KahanStates(per_parameter(2)),
         {"decouple_lr": bool, "max_lr": float, "kahan_sum": bool}, {"max_lr": NOT_NEGATIVE}, "optimi", "torch-optimi",
     ),
-    "galore_adamw": _galore(States(of_galore, one_tensor=16), "build_galore_adamw"),
-    "galore_adafactor": _galore(Float32States(of_galore_adafactor, one_tensor=20), "build_galore_adafactor"),
+    "galore_adamw": _galore(States(of_galore, one_tensor=4), "build_galore_adamw"),
+    "galore_adafactor": _galore(Float32States(of_galore_adafactor, one_tensor=5), "build_galore_adafactor"),
     "apollo_adamw": Optimizer(
-        States(of_apollo, one_tensor=16),
+        States(of_apollo, one_tensor=4),
         {"rank": int, "update_proj_gap": int, "scale": float, "proj": ("random", "svd"),
          "scale_type": ("channel", "tensor")},
         _PROJECTION_BOUNDS,
@@ -145,8 +145,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
         trains_all_weights=True,
         builder=f"{_PROJECTED}:build_apollo_adamw",
     ),
+    "adopt_adamw": Optimizer(States(per_parameter(2), one_tensor=3), builder="qlora.training.optimizers.adopt:build"),
     "muon": Optimizer(
-        States(of_muon, one_tensor=16),
+        States(of_muon, one_tensor=4),
         {"momentum": float, "nesterov": bool, "ns_steps": int, "adjust_lr_fn": ("original", "match_rms_adamw")},
         {"momentum": SHARE, "ns_steps": Bound(low=1, high=100)},
         builder="qlora.training.optimizers.muon:build",
@@ -155,7 +156,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "schedule_free_radam": _schedule_free(2),
     "schedule_free_sgd": _schedule_free(1),
 }  # fmt: skip
-"""By transformers' names; it has 41, those in `LEFT_OUT` too, and not `muon`."""
+"""By transformers' names; it has 41, those in `LEFT_OUT` too, and not those with a module of ours in `builder`."""
 
 _IN_BACKWARD = (
     "it changes weights within the backward pass, so that micro-batches do not add up, and keeps its state where no "

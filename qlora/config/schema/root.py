@@ -225,6 +225,9 @@ class Config:
             "trainer.save_steps=null": (self.trainer.save_steps is None, "there are no checkpoints to average"),
             "lora.use_dora=true": (self.lora.enabled and self.lora.use_dora,
                                    "no adapter holds the mean of several magnitudes and directions"),
+            f"trainer.optim={self.trainer.optim}": (
+                OPTIMIZERS[self.trainer.optim].is_schedule_free,
+                "its checkpoints hold the weights of the next step, and it averages by itself"),
         }  # fmt: skip
         for name, (is_set, reason) in reasons.items():
             if is_set:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from qlora.config.registries.optimizer_states import RANK, Trained, is_projected
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, RunError
 from qlora.training.optimizers.matrices import find_matrices, split_groups
 
 SAVED = ("ortho_matrix", "seed")
@@ -58,6 +58,15 @@ def projecting(kind: type[torch.optim.Optimizer], projector: Callable[..., Any])
             self, params: Iterable[Any], *, chosen: Set[nn.Parameter], settings: dict[str, Any], **options: Any
         ) -> None:
             super().__init__(split_groups(params, chosen.__contains__, settings), **options)
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            try:
+                return super().step(closure)
+            except torch.linalg.LinAlgError as error:
+                raise RunError(
+                    "a gradient is NaN or infinite and cannot be projected; lower trainer.learning_rate, or set "
+                    "watchdog.nonfinite=skip"
+                ) from error
 
         def state_dict(self) -> dict[str, Any]:
             saved = super().state_dict()
