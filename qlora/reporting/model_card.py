@@ -113,7 +113,7 @@ def _front_matter(config: Config, base_model: str, license: str | None) -> str:
         "datasets": [data_id] if HUB_ID.fullmatch(data_id) and not Path(data_id).exists() else None,
         "tags": [
             "qlora",
-            *(["lora"] if config.lora.enabled else []),
+            *([config.lora.kind] if config.lora.enabled else []),
             find_method(config.quantization).width(config.quantization),
         ],
     }
@@ -138,8 +138,10 @@ def _introduction(config: Config, base_model: str, unquantized: str | None) -> s
     if config.lora.enabled:
         precision = _base_precision(config, unquantized)
         named = "A reward model" if config.loss.is_preference else HEADS.get(config.loss.head, "")
+        kind = describe_adapter(config.lora).partition(" ")[0]
+        article = "An" if kind[0] in "AEIO" else "A"
         parts = "a LoRA adapter" if config.loss.head is Head.embed else "a LoRA adapter and a head"
-        what = f"{named}: {parts}" if config.loss.has_head else "A LoRA adapter"
+        what = f"{named}: {parts}" if config.loss.has_head else f"{article} {kind} adapter"
         return f"{what} for {link}, {data} with the base weights frozen in {precision}."
     return f"All weights of {link}, {data}."
 

@@ -26,7 +26,7 @@ def with_size(config: Config) -> Config:
         sized = replace(config, lora=_sized(config.lora, size))
         return Ledger(shape, read_setup(sized, shape)).trained_count
 
-    size = _largest(count, limit) if _has_rank(config.lora) else _best(count, limit)
+    size = _highest(count, limit) if _has_rank(config.lora) else _best(count, limit)
     if size is None:
         least = count(1 if _has_rank(config.lora) else 2)
         raise ConfigError(
@@ -36,7 +36,7 @@ def with_size(config: Config) -> Config:
     return replace(config, lora=_sized(config.lora, size))
 
 
-def _largest(count: Callable[[int], int], limit: int) -> int | None:
+def _highest(count: Callable[[int], int], limit: int) -> int | None:
     """Returns the largest rank of those whose parameters, which grow with it, keep to the limit."""
     low, high = 0, 1
     while high < LARGEST and count(high) <= limit:

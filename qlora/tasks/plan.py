@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qlora.config.paths import short_path
 from qlora.config.schema import Config, DataConfig, PlanStep
+from qlora.config.schema.adapter_kind import describe_adapter
 from qlora.config.schema.loss import may_share_prompts
 from qlora.config.training_length import TokenCount
 from qlora.errors import UserError
@@ -195,7 +196,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     `why_not` says why the tokens of the rows are not counted.
     """
     config, setup, shape, memory, gpu = plan.config, plan.setup, plan.training.shape, plan.memory, plan.gpu
-    trained = f"LoRA r={setup.r}" if setup.r else "all weights"
+    trained = describe_adapter(config.lora, short=True) if setup.r else "all weights"
     trained += f" (r={setup.expert_r} on experts)" if setup.expert_r else ""
     if config.loss.reads_whole_texts:
         trained += f", head={config.head.name.value}"

@@ -14,6 +14,7 @@ from qlora import adapters
 from qlora.adapters.adapted import split_adapter
 from qlora.config.compose import compose
 from qlora.config.registries.adapter_kinds import KINDS
+from qlora.config.schema.adapter_kind import describe_adapter
 from qlora.errors import UserError
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.training_plan import find_shape, read_setup
@@ -144,6 +145,15 @@ def test_the_base_answers_where_the_adapter_is_off(base_folder: Path, kind: str)
 def test_what_is_made_for_lora_is_refused(kind: str, overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         compose([f"lora={kind}", *overrides])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_screen_names_the_kind(kind: str) -> None:
+    lora = compose([f"lora={kind}", "recipe=none"]).lora
+    short = describe_adapter(lora, short=True)
+    assert short.startswith(KINDS[kind].title)
+    assert describe_adapter(lora).startswith(short)
+    assert (" r=" in short) == KINDS[kind].has_rank
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -92,10 +92,12 @@ def _describe(default: Any) -> str:
     return "a whole number" if default is None or isinstance(default, int) else "a number"
 
 
-def describe_adapter(lora: LoraConfig) -> str:
-    """Returns the kind of an adapter with its sizes: `LoRA r=64, alpha=16`."""
+def describe_adapter(lora: LoraConfig, *, short: bool = False) -> str:
+    """Returns the kind of an adapter with its sizes: `LoRA r=64, alpha=16`; `short` says the rank alone."""
     kind = lora.other_kind
     sizes = [f"r={lora.r}"] if kind is None or kind.has_rank else []
+    if short:
+        return " ".join(["LoRA" if kind is None else kind.title, *sizes])
     sizes += [f"alpha={lora.alpha:g}"] if kind is None or "alpha" in kind.fields else []
     sizes += [f"{name}={written(value)}" for name, value in lora.options.items()]
     return f"{'LoRA' if kind is None else kind.title} {', '.join(sizes)}".rstrip()
