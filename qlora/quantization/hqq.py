@@ -31,6 +31,7 @@ class Hqq(LayerwiseMethod):
 
     name = "hqq"
     package = "hqq"
+    library_imports = ("from hqq.core.quantize import BaseQuantizeConfig, HQQLinear",)
 
     def describe(self, config: QuantizationConfig) -> str:
         """As `hqq 4 bit in groups of 64`."""
@@ -43,6 +44,16 @@ class Hqq(LayerwiseMethod):
     def data_type(self, config: QuantizationConfig) -> str:
         """As `hqq4`."""
         return f"hqq{config.bits}"
+
+    def quantizing_code(self, config: QuantizationConfig, dtype: str) -> list[str]:
+        """Puts a layer of HQQ in the place of each linear one."""
+        return [
+            f"settings = BaseQuantizeConfig(nbits={config.bits}, group_size={GROUP}, axis=1)",
+            "for name, layer in list(model.base_model.named_modules()):",
+            "    if isinstance(layer, torch.nn.Linear):",
+            f"        quantized = HQQLinear(layer, settings, compute_dtype={dtype}, device=layer.weight.device)",
+            "        model.base_model.set_submodule(name, quantized)",
+        ]
 
     def takes(self, config: QuantizationConfig, rows: int, columns: int) -> bool:
         """Takes matrices that whole integers hold; codes of 3 bits are padded."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import logging
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,6 @@ class LayerwiseMethod(QuantizationMethod, abc.ABC):
         from qlora.upstream.transformers_layers import LayersConfig
 
         self.check_installed(config)
-        logging.getLogger(self.package).setLevel(logging.ERROR)  # it reports kernels of other machines
         return LayersConfig(
             partial(self.takes, config),
             partial(self.quantize_layer, config=config, placement=placement),

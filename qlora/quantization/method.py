@@ -49,7 +49,7 @@ class QuantizationMethod(Protocol):
     library_class: str | None = None
     """The class of transformers that describes this quantization; None: transformers does not know the method."""
     library_imports: tuple[str, ...] = ()
-    """The imports that `library_arguments` need, as Python code."""
+    """The imports that `library_arguments` or `quantizing_code` need, as Python code."""
     offloads_experts: bool = False
     """Whether the experts of a mixture can wait in the host's memory (`qlora.experts.host`)."""
     decodes: tuple[str, ...] = ()
@@ -77,6 +77,10 @@ class QuantizationMethod(Protocol):
 
     def library_arguments(self, config: QuantizationConfig, dtype: str) -> list[str]:
         """Returns the arguments of `library_class` as Python code; `dtype` is the code of the compute dtype."""
+        return []
+
+    def quantizing_code(self, config: QuantizationConfig, dtype: str) -> list[str]:
+        """Returns Python that quantizes a loaded base, `model`, where `from_pretrained` cannot (model card)."""
         return []
 
     # What training allows; none of this imports torch

@@ -205,7 +205,7 @@ def _use(
     lines = [*(["import importlib.resources", ""] if embedded else []), "import torch"]
     lines += [*(["from peft import PeftModel"] if config.lora.enabled else [])]
     lines += [
-        *(method.library_imports if method.library_class else ()),
+        *method.library_imports,
         f"from transformers import {', '.join(names)}",
         "",
     ]
@@ -221,6 +221,7 @@ def _use(
         if config.model.revision:
             options += f", revision={_literal(config.model.revision)}"
         lines += [*_base_lines(base), f"model = {kind}.from_pretrained(base, {options})"]
+        lines += method.quantizing_code(config.quantization, dtype)
         if config.model.new_tokens:
             lines.append("if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:")
             lines.append("    model.resize_token_embeddings(len(tokenizer))")

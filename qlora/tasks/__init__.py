@@ -74,7 +74,9 @@ def _import_session() -> None:
     gc.disable()
     try:
         from qlora.upstream.lazy_compile import compile_at_first_call
+        from qlora.upstream.torchao import import_quietly
 
+        import_quietly()
         with compile_at_first_call():
             for name in ("qlora.session", f"{__name__}.build_trainer"):
                 importlib.import_module(name)

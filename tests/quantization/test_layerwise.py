@@ -14,9 +14,12 @@ from torch import nn
 
 from qlora.adapters.create import add_lora
 from qlora.config.compose import compose
+from qlora.doctor.findings import Status
+from qlora.doctor.gpu_libraries import check_quantizer
 from qlora.errors import ConfigError, ResourceError
 from qlora.models import loading
 from qlora.models.model_config import load_model_config
+from qlora.planning.training_plan import build_plan
 from qlora.quantization import layerwise
 from qlora.quantization.layerwise import LayerwiseMethod
 from qlora.quantization.method import find_method, method_of
@@ -126,6 +129,18 @@ def test_a_run_resumes_to_the_bit_and_its_adapter_merges(name: str, tmp_path: Pa
     assert find_method(compose(overrides).quantization).describe_precision(compose(overrides).quantization) in card
 
 
+def test_the_code_of_a_card_quantizes_as_the_run_did():
+    config, loaded, model = compose([choice("hqq4")]), base(choice("hqq4"), EXACT), base("quantization=fp32")
+    method = find_method(config.quantization)
+    code = [*method.library_imports, *method.quantizing_code(config.quantization, "torch.float32")]
+    exec("\n".join(code), {"torch": torch, "model": model})
+    layers = [name for name, layer in loaded.named_modules() if isinstance(layer, method.layer_classes())]
+    assert len(layers) == 28
+    for name in layers:
+        one, other = (method.dequantize(part.get_submodule(name)) for part in (loaded, model))
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_random_base_is_quantized_while_it_is_initialised(name: str):
     from qlora.models.model_config import build_model_config
@@ -187,3 +202,20 @@ def test_a_missing_package_is_named_before_anything_is_loaded(name: str, monkeyp
 def test_bits_of_no_default_method_name_the_one_that_has_them():
     with pytest.raises(ConfigError, match=r"bits=3 needs quantization\.method=hqq; or choose bits=4, 8, 16 or 32"):
         compose(["quantization.bits=3", "quantization.double_quant=false"])
+
+
+def test_doctor_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(layerwise, "find_spec", lambda package: None)
+    [finding] = check_quantizer(compose(["quantization=hqq4", "task=doctor"]))
+    assert (finding.name, finding.status, finding.fix) == ("hqq", Status.error, "pip install 'qlora[hqq]'")
+    assert list(check_quantizer(compose(["task=doctor"]))) == []
+
+
+def test_the_plan_counts_another_method_s_bits():
+    sizes = {}
+    for name in ("nf4", "nf4-plain", "hqq4", "hqq3", "hqq2", "torchao-int8", "none"):
+        plan = build_plan(compose([f"quantization={name}", "plan.device=a6000", "model=llama-3.1-8b"]))
+        sizes[name] = plan.memory.parts["weights"]
+    bits = {name: 16 * size / sizes["none"] for name, size in sizes.items()}
+    expected = {"nf4": 4.127, "nf4-plain": 4.5, "hqq4": 4.5, "hqq3": 3.7, "hqq2": 2.5, "torchao-int8": 8.01, "none": 16}
+    assert bits == pytest.approx(expected, rel=1e-3)
