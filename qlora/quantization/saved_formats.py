@@ -48,7 +48,7 @@ class Format:
 
     layouts: tuple[Layout, ...]
     unused: tuple[str, ...] = ()
-    """Endings of tensors that training has no use for, such as scales of activations."""
+    """Endings of tensors that no training run reads, such as scales of activations."""
 
     def check(self, settings: Settings, key: str) -> None:
         """Raises `ConfigError` for settings that are not decoded; `key` names the model."""
@@ -112,8 +112,8 @@ class CompressedTensors(Format):
                 zero = (_unpack(zero.mT, bits)[..., :rows] - (1 << (bits - 1))).mT
         groups = parts.get("groups")
         if groups is not None and bool((groups >= 0).all()):
-            wide = scale.float()[..., groups.long()]
-            return (codes.float() - (0 if zero is None else zero.float()[..., groups.long()])) * wide
+            per_weight = scale.float()[..., groups.long()]
+            return (codes.float() - (0 if zero is None else zero.float()[..., groups.long()])) * per_weight
         block = _block_structure(settings)
         numbers = codes.float()
         if zero is not None:
@@ -173,8 +173,8 @@ class Awq(Format):
         """Each group of inputs has a zero and a scale for each output."""
         codes, zeros, scales = self._in_order(parts["main"]), self._in_order(parts["zero"]), parts["scale"].float()
         size = len(codes) // len(scales)
-        wide_zeros, wide = zeros.repeat_interleave(size, 0), scales.repeat_interleave(size, 0)
-        return ((codes - wide_zeros) * wide).T.contiguous()
+        row_zeros, per_weight = zeros.repeat_interleave(size, 0), scales.repeat_interleave(size, 0)
+        return ((codes - row_zeros) * per_weight).T.contiguous()
 
     def shape(self, parts: Mapping[str, torch.Size], settings: Settings) -> torch.Size:
         """The codes are [in, out], packed by columns."""
@@ -323,16 +323,16 @@ def _block_structure(settings: Settings) -> Any:
     return None
 
 
-def _bits(words: int, columns: int) -> int:
+def _bits(integers: int, columns: int) -> int:
     """Returns the bits of a code, of which an integer holds a whole number."""
     for bits in (2, 4, 8):
-        if words == -(-columns * bits // WORD):
+        if integers == -(-columns * bits // WORD):
             return bits
-    raise ValueError(f"{columns} weights in {words} integers have neither 2, 4 nor 8 bits each")
+    raise ValueError(f"{columns} weights in {integers} integers have neither 2, 4 nor 8 bits each")
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """Returns the codes in 32-bit integers [..., words], the lowest bits first, [..., words * 32 / bits]."""
+    """Returns the codes in 32-bit integers [..., integers], the lowest bits first, [..., integers * 32 / bits]."""
     shifts = torch.arange(0, WORD, bits, device=packed.device, dtype=torch.int32)
     return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 

@@ -37,6 +37,8 @@ NEEDS = {
     ("quantization", "stored"): [f"model.name={QUANTIZED}"],
     ("evaluation", "lm-eval"): ["evaluation.tasks=[arc_easy]"],
 }
+EXTRAS = {"hqq": "hqq", "torchao-int": "torchao"}
+"""The packages that options need, by their names without bits."""
 OPTIONS = [(group, file.stem) for group in group_names() for file in sorted((CONF_DIR / group).glob("*.yaml"))]
 MODELS = [name for group, name in OPTIONS if group == "model"]
 SWEEPS = [name for group, name in OPTIONS if group == "sweep"]
@@ -102,6 +104,8 @@ def load(group: str, name: str) -> DictConfig:
 @pytest.mark.matrix(8)
 @pytest.mark.parametrize(("group", "name"), [option for option in OPTIONS if option[0] in ALONE])
 def test_an_option_composes_alone(group: str, name: str) -> None:
+    if (package := EXTRAS.get(name.rstrip("0123456789"))) is not None:
+        pytest.importorskip(package)
     compose([f"{group}={name}", *NEEDS.get((group, name), [])])
 
 
@@ -114,6 +118,9 @@ def test_options_of_different_groups_compose_together(choices: list[str]) -> Non
 @pytest.mark.matrix(1)
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_starts_several_jobs_and_each_is_valid(name: str) -> None:
+    if name == "quantizers":
+        for package in EXTRAS.values():
+            pytest.importorskip(package)
     composed = compose_dict([f"sweep={name}"])
     assert composed.hydra.mode.name == "MULTIRUN"
     assert composed.hydra.sweeper.params

@@ -37,8 +37,8 @@ def fp8_exponents(name: str, weight: Tensor) -> tuple[Packed, Tensor]:
     """One row of 32 to a scale, whose byte is an exponent."""
     codes = (weight * 100).to(torch.float8_e4m3fn)
     scale = torch.randint(118, 122, (len(weight), weight.shape[1] // 32), dtype=torch.uint8)
-    wide = 2.0 ** (scale.float() - 127)
-    return {name: codes, f"{name}_scale_inv": scale}, codes.float() * wide.repeat_interleave(32, 1)
+    per_weight = 2.0 ** (scale.float() - 127)
+    return {name: codes, f"{name}_scale_inv": scale}, codes.float() * per_weight.repeat_interleave(32, 1)
 
 
 def pack(codes: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
@@ -86,8 +86,8 @@ def compressed(form: str, **settings: object) -> Packer:
         args, (rows, columns) = scheme.weights, weight.shape
         groups = columns // args.group_size if args.group_size else 1
         shape = {"tensor": (1,), "channel": (rows, 1), "group": (rows, groups)}.get(args.strategy, (2, 2))
-        largest = 448.0 if args.type == "float" else 2.0 ** (args.num_bits - 1)
-        scale = (0.5 + torch.rand(shape)) * weight.abs().max() / largest
+        amax = 448.0 if args.type == "float" else 2.0 ** (args.num_bits - 1)
+        scale = (0.5 + torch.rand(shape)) * weight.abs().max() / amax
         zero = torch.zeros(shape, dtype=torch.int8)
         if not args.symmetric:
             zero = torch.randint(-3, 4, shape).to(torch.int8)
