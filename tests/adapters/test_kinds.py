@@ -136,6 +136,7 @@ def test_the_base_answers_where_the_adapter_is_off(base_folder: Path, kind: str)
         (["model.new_tokens=['<a>']"], r"model.new_tokens exclude each other: their rows are trained beside LoRA"),
         (["trainer.keep=average", "trainer.save_steps=5"], r"trainer.keep=average exclude each other: only products"),
         (["trainer.memory_budget=auto"], r"trainer.memory_budget exclude each other: its formula counts LoRA"),
+        (["trainer.optim=muon"], r"trainer.optim=muon exclude each other: it turns LoRA's matrices"),
         (["trainer.parallel=fsdp"], r"trainer.parallel=fsdp exclude each other: sharded layers compute LoRA alone"),
         (["trainer.fused_linear=true"], r"trainer.fused_linear=true exclude each other: its kernels compute LoRA"),
         (["loss=reward", "data=demo-preferences"], r"loss.name=reward exclude each other: its head is saved beside"),

@@ -72,6 +72,10 @@ def test_phases_that_leave_no_step_stop_the_run(tmp_path: Path) -> None:
         (["lora.options={init_r: 2}"], r"^lora.options.init_r=2 must be above lora.r=2, the rank that the layers have"),
         (["lora.options={deltaT: 0}"], r"^lora.options.deltaT must be at least 1"),
         (["lora.options={beta1: 1.0}"], r"^lora.options.beta1 and beta2 must lie between 0 and 1"),
+        (
+            ["recipe=none", "trainer.lr_scheduler_type=constant", "trainer.optim=schedule_free_adamw"],
+            r"optim=schedule_free_adamw exclude each other: it averages weights",
+        ),
         (["lora.options={init_r: x}"], r"^lora.options.init_r must be a whole number, got x"),
     ],
 )

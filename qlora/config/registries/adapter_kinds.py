@@ -51,6 +51,8 @@ class AdapterKind:
     fresh: tuple[str, float]
     """A part of the name of the tensors that begin as one number, and this number: all of them are that before the
     first step."""
+    steers: bool = False
+    """Whether it changes what is trained itself, between the steps of the optimizer."""
     unsupported_reason: Callable[[Any], str | None] = lambda lora: None
     """Returns why the values of `lora` do not fit together; None: they do."""
     shared: Callable[[Sequence[LayerSize], int], int] = lambda layers, rank: 0
@@ -186,6 +188,7 @@ KINDS["adalora"] = AdapterKind(
         "beta2": 0.85,
         "orth_reg_weight": 0.5,
     },
+    steers=True,
     unsupported_reason=_adalora_reason,
     change=Change.added,
     fresh=(".lora_E", 0.0),

@@ -266,7 +266,13 @@ class Config:
             )
         if lora.other_kind is None:
             return
+        optim = self.trainer.optim
+        averages = lora.other_kind.steers and optim.startswith("schedule_free")
+        of_optim = (
+            "it averages weights that are switched off" if averages else "it turns LoRA's matrices, and these alone"
+        )
         reasons = {
+            f"trainer.optim={optim}": (averages or optim == "muon", of_optim),
             "model.new_tokens": (bool(self.model.new_tokens), "their rows are trained beside LoRA"),
             f"loss.name={self.loss.name}": (self.loss.has_head, "its head is saved beside LoRA"),
             "trainer.keep=average": (is_average, "only products of LoRA have a mean that an adapter holds"),
