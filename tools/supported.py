@@ -57,9 +57,9 @@ def section() -> str:
 
 def updated(text: str) -> str:
     """Returns a README with the table anew."""
-    before, _, rest = text.partition(BEGIN)
+    head, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{section()}{after}"
+    return f"{head}{section()}{after}"
 
 
 if __name__ == "__main__":

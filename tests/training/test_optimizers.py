@@ -290,12 +290,12 @@ def test_adopt_scales_a_gradient_by_the_moments_before_it() -> None:
     for step, gradient in enumerate(torch.tensor([[0.5, -1.0], [0.3, 4.0], [-0.2, 0.0]])):
         weight.grad = gradient.clone()
         optimizer.step()
-        wide = gradient.double()
+        double = gradient.double()
         if step:
-            scaled = (wide / square.sqrt().clamp(min=1e-6)).clamp(-(step**0.25), step**0.25)
+            scaled = (double / square.sqrt().clamp(min=1e-6)).clamp(-(step**0.25), step**0.25)
             average = 0.9 * average + 0.1 * scaled
             expected = expected * (1 - 0.1 * 0.01) - 0.1 * average
-        square = 0.99 * square + 0.01 * wide**2 if step else wide**2
+        square = 0.99 * square + 0.01 * double**2 if step else double**2
     assert weight.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
