@@ -18,6 +18,9 @@ from tests.training.test_optimizers import build, settings, weights
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["adamw_torch", "lion_32bit", "ademamix", "muon", "schedule_free_adamw", "galore_adamw", "apollo_adamw"]
+# Muon computes in bf16, Lion takes signs, projections turn: a gradient that is rounded otherwise moves more.
+BOUNDS = {"muon": 1e-2, "lion_32bit": 1e-2, "galore_adamw": 1e-3, "apollo_adamw": 1e-3}
+"""How far two processes may be from one, of the weights' norm."""
 
 
 def train(folder: Path, name: str, accumulated: int) -> torch.Tensor:
@@ -43,9 +46,8 @@ def test_two_processes_train_with_each_optimizer_what_one_trains(tmp_path: Path)
         first, second = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
         assert torch.equal(first, second), name
         alone = train(tmp_path / "alone", name, 4)
-        # Muon computes in bf16, Lion takes signs, projections turn: a gradient that is rounded otherwise moves more.
         moved = (alone - first).norm() / alone.norm()
-        assert moved < (1e-4 if name in ("adamw_torch", "ademamix", "schedule_free_adamw") else 1e-2), (name, moved)
+        assert moved < BOUNDS.get(name, 1e-4), (name, moved)
 
 
 if __name__ == "__main__":
