@@ -11,7 +11,7 @@ import numpy as np
 from qlora.evaluation.statistics import Estimate
 
 RESAMPLES = 1000
-"""How often rows are drawn, with replacement, from a fixed seed (the percentile bootstrap of Efron, 1979)."""
+"""How often rows are resampled, with replacement, from a fixed seed (the percentile bootstrap of Efron, 1979)."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,17 @@ class RowStatistic:
     def estimate(self) -> Estimate:
         """Returns the measure with its interval."""
         measure, said, true = self._arrays()
-        drawn = [measure(said[rows], true[rows]) for rows in _draws(len(said))]
-        return _interval(measure(said, true), drawn)
+        resampled = [measure(said[rows], true[rows]) for rows in _resample(len(said))]
+        return _interval(measure(said, true), resampled)
 
     def gain(self, base: RowStatistic) -> Estimate:
         """Returns how much more than `base`, on the same rows, was measured: the difference in equal draws."""
         measure, said, true = self._arrays()
-        before = np.asarray(base.values, float)
-        drawn = [measure(said[rows], true[rows]) - measure(before[rows], true[rows]) for rows in _draws(len(said))]
-        return _interval(measure(said, true) - measure(before, true), drawn)
+        previous = np.asarray(base.values, float)
+        resampled = [
+            measure(said[rows], true[rows]) - measure(previous[rows], true[rows]) for rows in _resample(len(said))
+        ]
+        return _interval(measure(said, true) - measure(previous, true), resampled)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the statistic in JSON's types, for `from_dict`."""
@@ -50,13 +52,13 @@ class RowStatistic:
         return STATISTICS[self.name], np.asarray(self.values, float), np.asarray(self.truth, float)
 
 
-def _draws(count: int) -> list[np.ndarray]:
+def _resample(count: int) -> list[np.ndarray]:
     stream = np.random.RandomState(0)
     return [stream.randint(0, count, count) for _ in range(RESAMPLES)]
 
 
-def _interval(value: float, drawn: Sequence[float]) -> Estimate:
-    low, high = np.quantile(drawn, [0.025, 0.975])
+def _interval(value: float, resampled: Sequence[float]) -> Estimate:
+    low, high = np.quantile(resampled, [0.025, 0.975])
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 

@@ -26,7 +26,7 @@ TILE = 16
 MEMBERS = 3
 """Most layers that read one input, and have an adapter each."""
 _WIDE = 8192
-"""Rows of a weight from which on there are so many blocks that smaller ones are faster."""
+"""Rows of a weight from which on smaller blocks are faster, for there are enough of them."""
 _SLICES, _WARPS = (16, 8, 8, 8), 8
 """How the product with the A matrices is split: slices of the columns, for up to 8, 16, 24 and 32 rows, and warps of a
 slice. Whoever multiplies with B sums the slices."""
@@ -90,12 +90,12 @@ def multiply_plain(
 def _kernels(weight: QuantizedWeight, dtype: torch.dtype, tiles: int) -> tuple[CudaKernel, CudaKernel, int]:
     """Returns the two kernels of a weight, and how many warps a block of the second one has."""
     warps, resident = (4, 4) if tiles > 1 and weight.rows >= _WIDE else (8, 2)
-    words = _codebook_words(weight.codebook, dtype)
+    halves = _codebook_halves(weight.codebook, dtype)
     is_even = weight.columns // BLOCK % 4 == 0
     return (
-        _compile("read_rows", dtype, words, TILES=tiles, WARPS=_WARPS, RESIDENT=1, NESTED=0, EVEN=1),
+        _compile("read_rows", dtype, halves, TILES=tiles, WARPS=_WARPS, RESIDENT=1, NESTED=0, EVEN=1),
         _compile(
-            "multiply", dtype, words,
+            "multiply", dtype, halves,
             TILES=tiles, WARPS=warps, RESIDENT=resident, NESTED=int(weight.is_nested), EVEN=int(is_even),
         ),
         warps,
@@ -106,19 +106,19 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """The numbers of a codebook by their dtype: reading them makes the host wait."""
 
 
-def _codebook_words(codebook: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
-    """Returns the 16 numbers of a codebook in 16 bits: their upper bytes in four words, then the lower ones."""
+def _codebook_halves(codebook: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """Returns the 16 numbers of a codebook in 16 bits: their upper bytes as four int32, then the lower ones."""
     known = _known.setdefault(codebook, {})
     if dtype not in known:
         pairs = codebook.to(dtype).cpu().view(torch.uint8).view(-1, 2)
         known[dtype] = tuple(pairs.t().flip(0).contiguous().view(torch.int32).view(-1).tolist())
-    words: tuple[int, ...] = known[dtype]
-    return words
+    halves: tuple[int, ...] = known[dtype]
+    return halves
 
 
 @cache
-def _compile(name: str, dtype: torch.dtype, words: tuple[int, ...], **constants: int) -> CudaKernel:
-    codes = {f"{half}{index}": f"{words[4 * lower + index]}u" for lower, half in enumerate("TE") for index in range(4)}
+def _compile(name: str, dtype: torch.dtype, halves: tuple[int, ...], **constants: int) -> CudaKernel:
+    codes = {f"{half}{index}": f"{halves[4 * lower + index]}u" for lower, half in enumerate("TE") for index in range(4)}
     lines = [f"#define {key} {value}" for key, value in {"HALF": _NAMES[dtype], **codes, **constants}.items()]
     source = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
     return compile_cuda("\n".join([*lines, source]), name)

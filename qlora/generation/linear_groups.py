@@ -178,7 +178,7 @@ class FewRows:
             a, b = _join_matrices(group.modules, group.rows, name, dtype)
             ranks = [matrix.shape[1] for matrix in b]
             rank = -(-max(ranks) // few_rows.TILE) * few_rows.TILE
-            missing = [rank - own for own in ranks]
+            missing = [rank - present for present in ranks]
             few.matrices[name] = (
                 torch.cat([pad(part, (0, 0, 0, more)) for part, more in zip(a.split(ranks), missing, strict=True)]),
                 torch.cat([pad(part, (0, more)) for part, more in zip(b, missing, strict=True)]),

@@ -26,8 +26,8 @@ def quantize(rows: int, columns: int, kind: str = "nf4", *, nested: bool = True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_words_of_a_codebook_are_its_numbers_byte_by_byte(dtype):
     codebook = quantize(64, 64).codebook
-    words = few_rows._codebook_words(codebook, dtype)
-    data = b"".join((word & 0xFFFFFFFF).to_bytes(4, "little") for word in words)
+    halves = few_rows._codebook_halves(codebook, dtype)
+    data = b"".join((word & 0xFFFFFFFF).to_bytes(4, "little") for word in halves)
     pairs = torch.tensor([[lower, upper] for upper, lower in zip(data[:16], data[16:], strict=True)], dtype=torch.uint8)
     assert torch.equal(pairs.view(dtype).view(-1), codebook.to(dtype))
 

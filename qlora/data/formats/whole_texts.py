@@ -112,14 +112,14 @@ def _render_partners(row: Row, *, texts: Sequence[str], score: str | None) -> li
 
 def _label_columns(kind: RowKind, columns: Sequence[str], *, key: str, label: Sequence[str] | None) -> list[str]:
     if label is None:
-        found = [column for name in LABEL_COLUMNS[kind] for column in columns if column.lower() == name][:1]
-        if not found:
+        matches = [column for name in LABEL_COLUMNS[kind] for column in columns if column.lower() == name][:1]
+        if not matches:
             raise DataError(
                 f"{key} has the columns {listed(columns)}, and none of them is {listed(LABEL_COLUMNS[kind])}: a head "
                 f"learns {WANTS[kind]} of each text; name its column with data.label=COLUMN, or leave head out to "
                 "train a language model"
             )
-        return found
+        return matches
     for name in label:
         if name not in columns:
             raise DataError(
@@ -202,9 +202,9 @@ def _number(cell: Any, column: str) -> float:
     return number
 
 
-def sort_labels(found: Sequence[str], named: Sequence[str]) -> list[str]:
+def sort_labels(labels: Sequence[str], named: Sequence[str]) -> list[str]:
     """Returns the classes of rows in order: as the set names them, else by number, else by name."""
-    distinct = set(found)
+    distinct = set(labels)
     ordered = [name for name in named if name in distinct]
     rest = sorted(distinct - set(ordered), key=lambda name: (0, int(name), "") if _is_whole(name) else (1, 0, name))
     return [*ordered, *rest]
