@@ -7,7 +7,7 @@ from bitsandbytes.nn import Params4bit
 from qlora.generation import few_rows
 from qlora.quantization.bnb4.quantized_weight import read_quantized_weight
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def quantize(rows, columns, kind, *, nested):
