@@ -116,7 +116,7 @@ def check_head(
     if not loss.has_head:
         return
     name = f"loss={loss.name}" if head.name is Head.causal else f"head={head.name.value}"
-    if data.packing:
+    if data.packing and loss.reads_whole_texts:
         raise ConfigError(
             f"data.packing=true joins rows into one, and {name} reads the last token of each text; leave it out"
         )
