@@ -82,7 +82,7 @@ class Slots:
     @contextmanager
     def serving(self, model: torch.nn.Module) -> Iterator[None]:
         """Returns the context in which an `Engine` answers."""
-        with self._on_device, self.matmuls(model), serving(model, self.dtype, decoded=False):
+        with self._on_device, self.matmuls(model), serving(model):
             yield
 
     def matmuls(self, model: torch.nn.Module) -> AbstractContextManager[None]:

@@ -27,7 +27,7 @@ def token_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
     of_model = _token_bytes.setdefault(model, {})
     if dtype not in of_model:
         one = SlotModel(model, slots=1, length=1)
-        with torch.inference_mode(), serving(model, dtype, decoded=False):
+        with torch.inference_mode(), serving(model):
             one.read([[0]])
         held = (*one.cache.keys.values(), *one.cache.values.values())
         of_model[dtype] = max(sum(states.numel() * states.element_size() for states in held), 1)

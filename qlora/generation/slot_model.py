@@ -19,7 +19,6 @@ from qlora.config.schema import GenerationConfig
 from qlora.experts.host import WAITING
 from qlora.generation.elementwise import fused_elementwise
 from qlora.generation.graphs import StepGraphs, warn_of_no_graph
-from qlora.generation.linears import decoded_linears
 from qlora.generation.slots import NAME, Pass, SlotCache
 from qlora.generation.transfer import upload
 from qlora.models.outputs import plain_ids
@@ -108,24 +107,23 @@ class SlotModel:
 
 
 @contextlib.contextmanager
-def serving(model: torch.nn.Module, dtype: torch.dtype, *, decoded: bool) -> Iterator[None]:
-    """Inside, a model attends over slots; with `decoded` its 4-bit weights are decoded once, to `dtype`."""
+def serving(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a model attends over slots; around it, `linears` says how its linear layers compute."""
     base = _base_of(model)
     previous = attention_of(base.config)
-    with decoded_linears(model, dtype) if decoded else contextlib.nullcontext():
-        set_attention(base.config, NAME)
-        outer, _graphs[base] = _graphs.get(base), WeakKeyDictionary()
-        is_on_gpu = weight_of(base.get_input_embeddings()).is_cuda
-        try:
-            with fused_elementwise(base) if is_on_gpu else contextlib.nullcontext():
-                yield
-        finally:
-            if is_on_gpu:
-                torch.cuda.synchronize()  # a step that was asked for ahead may still read what is freed now
-            _graphs.pop(base)
-            if outer is not None:
-                _graphs[base] = outer
-            set_attention(base.config, previous)
+    set_attention(base.config, NAME)
+    outer, _graphs[base] = _graphs.get(base), WeakKeyDictionary()
+    is_on_gpu = weight_of(base.get_input_embeddings()).is_cuda
+    try:
+        with fused_elementwise(base) if is_on_gpu else contextlib.nullcontext():
+            yield
+    finally:
+        if is_on_gpu:
+            torch.cuda.synchronize()  # a step that was asked for ahead may still read what is freed now
+        _graphs.pop(base)
+        if outer is not None:
+            _graphs[base] = outer
+        set_attention(base.config, previous)
 
 
 def unsupported_reason(model: torch.nn.Module, config: GenerationConfig) -> str | None:
@@ -168,7 +166,7 @@ def differs_reason(
     begun, last = [row[:-1] for row in rows], [row[-1] for row in rows]
     slots = SlotModel(model, slots=2, length=len(ids))
     try:
-        with linears(), serving(model, dtype, decoded=False):
+        with linears(), serving(model):
             logits = slots.read(begun)
             actual = torch.cat([logits, slots.decode(upload(last, slots.device), [len(row) for row in begun])])
     except FAILURES as error:

@@ -111,7 +111,7 @@ class ChatModel:
         request = engine.add(None, prompt)
         switch = adapter_off(self.model) if base else contextlib.nullcontext()
         try:
-            with switch, evaluation_mode(self.model), serving(self.model, self.dtype, decoded=False):  # decoded above
+            with switch, evaluation_mode(self.model), serving(self.model):
                 while engine.is_busy and not stream.stops:
                     with torch.inference_mode(), self.autocast():
                         engine.step()

@@ -15,11 +15,10 @@ from qlora.config.schema.values import written
 from qlora.errors import ConfigError, DataError, ResourceError, did_you_mean
 from qlora.models.json_files import read_object
 from qlora.runtime.run_folder import find_adapter
+from qlora.runtime.trained import RUNS
 from qlora.tasks.lora_size import with_size
 from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
 
-RUNS = Path("outputs") / "runs"
-"""Where a name means a run."""
 FILES = ("adapter_config.json", "adapter_model.safetensors", "*.json")
 """The files of an adapter on the hub."""
 

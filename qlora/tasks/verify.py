@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora.config.paths import expand_home, short_path
 from qlora.config.schema import Config
@@ -45,7 +45,8 @@ def run(job: TaskJob) -> TaskResult:
         raise ConfigError("adapter=none: there is nothing that was trained; give adapter=FOLDER of a finished run")
     trained = adapter or full
     assert trained is not None
-    path = _path(job, trained)
+    used = describe_used(job)
+    path = _path(job, trained, used)
     job.create_folder()
     side = TrainedSide.of(job, load_model(job))
     engine = _open(job, path, side)
@@ -57,7 +58,7 @@ def run(job: TaskJob) -> TaskResult:
                               show=side.show, on_progress=update)  # fmt: skip
     finally:
         engine.close()
-    record = to_record(served, verdict) | {"measured": describe_used(job)}
+    record = to_record(served, verdict) | {"measured": used}
     certificate = job.folder.path / CERTIFICATE
     write_json(certificate, record)
     if not verdict.accepted:
@@ -69,13 +70,13 @@ def run(job: TaskJob) -> TaskResult:
         add_to_card(card, served.name, describe(served, verdict))
     metrics = {f"verify_{name}": record[name] for name in ("kl_mean", "kl_max", "top1_agreement")}
     metrics["verify_equal_chats"] = verdict.equal_chats / max(verdict.chats, 1)
-    result = TaskResult("verify", metrics, {"certificate": str(certificate)}, more={"measured": describe_used(job)})
+    result = TaskResult("verify", metrics, {"certificate": str(certificate)}, more={"measured": used})
     write_json(job.folder.result("verify"), result.to_dict())
     _print(served, verdict, result)
     return result
 
 
-def _path(job: TaskJob, trained: Path) -> Path | None:
+def _path(job: TaskJob, trained: Path, used: Mapping[str, Any]) -> Path | None:
     """Returns what the engine loads; None: a server has it. Raises `ConfigError` where nothing is named or known."""
     verify = job.config.verify
     if verify.engine.startswith("http"):
@@ -86,18 +87,14 @@ def _path(job: TaskJob, trained: Path) -> Path | None:
         return None
     if verify.path is not None:
         return expand_home(verify.path, "verify.path")
-    candidates = {
-        "transformers": [trained.parent / "merged", job.folder.merged, *_written(job, trained, "merge", "merged")],
-        "llama-cpp": [
-            *sorted(trained.parent.glob("*.gguf")), *sorted(job.folder.path.glob("*.gguf")),
-            *_written(job, trained, "export", "gguf"),
-        ],
-    }[verify.engine]  # fmt: skip
+    what, task, name, pattern = {
+        "transformers": ("folder of a merged model", "merge", "merged", "merged"),
+        "llama-cpp": ("GGUF file", "export", "gguf", "*.gguf"),
+    }[verify.engine]
+    beside = [path for folder in (trained.parent, job.folder.path) for path in sorted(folder.glob(pattern))]
+    candidates = [*beside, *_written(trained, used["adapter"]["digest"], task, name)]
     existing = [path for path in candidates if path.exists() and "-adapter-" not in path.name]
     if not existing:
-        what, task = (
-            ("folder of a merged model", "merge") if verify.engine == "transformers" else ("GGUF file", "export")
-        )
         raise ConfigError(
             f"verify.path is not set, and there is no {what} of {short_path(trained.parent)}; write one with qlora "
             f"{task} {short_path(trained.parent)}, or name one with verify.path"
@@ -105,9 +102,8 @@ def _path(job: TaskJob, trained: Path) -> Path | None:
     return max(existing, key=lambda path: path.stat().st_mtime)
 
 
-def _written(job: TaskJob, trained: Path, task: str, name: str) -> Iterator[Path]:
+def _written(trained: Path, digest: str, task: str, name: str) -> Iterator[Path]:
     """Yields what a task wrote of the same weights into a folder of its own, beside the run or where runs lie."""
-    digest = describe_used(job)["adapter"]["digest"]
     for parent in {trained.absolute().parent.parent, RUNS.absolute()}:
         for folder in sorted(parent.glob("*/")):
             with contextlib.suppress(DamagedFile):  # of another run

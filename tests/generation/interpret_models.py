@@ -26,7 +26,7 @@ for kind in KINDS:
     slots = SlotModel(model, slots=3, length=12)
     code = sys.modules[type(model).__module__]
     original = getattr(code, ROTARY)
-    with torch.inference_mode(), serving(model, torch.float32, decoded=False):
+    with torch.inference_mode(), serving(model):
         with served_experts(model, torch.float32, decoded=True), fused_elementwise(model):
             fused = sum("forward" in module.__dict__ for module in model.modules())
             is_turned = getattr(code, ROTARY) is not original

@@ -42,7 +42,7 @@ def test_a_host_that_is_a_step_ahead_gets_the_same_answers(sampled: bool) -> Non
     engine = Engine(model, Sampler(config, ends), slots=5, length=32)
     engine.ahead = 1
     requests = [engine.add(index, prompt, row=index, likeliest=index % 3 or None) for index, prompt in enumerate(asked)]
-    with torch.inference_mode(), serving(model, torch.float32, decoded=False):
+    with torch.inference_mode(), serving(model):
         assert len([*engine.answers()]) == 40
     assert [request.answer for request in requests] == answers(model, asked, config, ends=ends)
     assert all(len(request.scores) == (len(request.answer) if request.likeliest else 0) for request in requests)
@@ -55,7 +55,7 @@ def test_a_row_that_is_cancelled_while_its_token_is_on_its_way_gets_no_more() ->
     engine.ahead = 1
     asked = prompts(3)
     requests = [engine.add(index, prompt) for index, prompt in enumerate(asked)]
-    with torch.inference_mode(), serving(model, torch.float32, decoded=False):
+    with torch.inference_mode(), serving(model):
         for _ in range(3):
             engine.step()
         told = len(requests[0].answer)

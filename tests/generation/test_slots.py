@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -54,7 +55,8 @@ def answers(model: nn.Module, asked: list[list[int]], config: GenerationConfig, 
             seed: int = 0, ends: Sequence[int] = (END,)) -> list[list[int]]:  # fmt: skip
     engine = Engine(model, Sampler(config, list(ends), seed), slots=config.batch_size, length=20 + config.new_tokens)
     requests = [engine.add(index, prompt, row=index) for index, prompt in enumerate(asked)]
-    with torch.inference_mode(), serving(model, torch.float32, decoded=decoded):
+    linears = decoded_linears(model, torch.float32) if decoded else contextlib.nullcontext()
+    with linears, torch.inference_mode(), serving(model):
         done = [request.key for request in engine.answers()]
     assert sorted(done) == list(range(len(asked)))
     return [request.answer for request in requests]
@@ -264,7 +266,7 @@ def test_a_request_that_is_cancelled_frees_its_slot() -> None:
     asked = prompts(4)
     engine = Engine(model, Sampler(config, []), slots=2, length=40)
     requests = [engine.add(index, prompt) for index, prompt in enumerate(asked)]
-    with torch.inference_mode(), serving(model, torch.float32, decoded=False):
+    with torch.inference_mode(), serving(model):
         engine.step()
         engine.step()
         engine.cancel(requests[0])
@@ -282,7 +284,7 @@ def test_a_slot_model_reads_a_prompt_behind_rows_that_go_on() -> None:
     config = AutoConfig.for_model("llama", **SHAPES["llama"])
     model = randomised(AutoModelForCausalLM.from_config(config)).eval()
     slots = SlotModel(model, slots=3, length=16)
-    with torch.inference_mode(), serving(model, torch.float32, decoded=False):
+    with torch.inference_mode(), serving(model):
         slots.read([[5, 6, 7]])
         late = slots.read([[8, 9]], first=1)
         both = slots.decode(torch.tensor([10, 11]), [3, 2])
@@ -299,7 +301,7 @@ def test_each_row_is_chosen_by_its_own_sampler_and_scored_before_it() -> None:
     engine = Engine(model, Sampler(likely, [END]), slots=4, length=30)
     requests = [engine.add(index, prompt, sampler=sampler, likeliest=2 if index < 2 else None)
                 for index, (prompt, sampler) in enumerate(zip(asked, samplers, strict=True))]  # fmt: skip
-    with torch.inference_mode(), serving(model, torch.float32, decoded=False):
+    with torch.inference_mode(), serving(model):
         assert len([*engine.answers()]) == 4
     sampled, greedy, other, forced = (request.answer for request in requests)
     assert sampled == answers(model, asked[:1], hot, seed=3, ends=[])[0]

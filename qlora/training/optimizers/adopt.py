@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from qlora.training.optimizers.closure import loss_of
+
 
 def build(args: TrainingArguments, model: nn.Module, given: dict[str, Any]) -> tuple[type, dict[str, Any]]:
     """Returns the class of the optimizer and its arguments."""
@@ -30,10 +32,7 @@ class Adopt(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

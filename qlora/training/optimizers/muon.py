@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 from transformers import TrainingArguments
 
 from qlora.errors import ConfigError
+from qlora.training.optimizers.closure import loss_of
 from qlora.training.optimizers.matrices import Matrices, as_matrices, find_matrices, split_groups
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -65,10 +66,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not group["is_matrix"]:
