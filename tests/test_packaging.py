@@ -76,6 +76,7 @@ def test_the_wheel_holds_the_package_with_its_options_model_and_data(wheel: Path
         "qlora/demo/model/model.safetensors",
         "qlora/demo/data/train.jsonl",
         "qlora/demo/data/preferences.jsonl",
+        "qlora/generation/few_rows.cu",
     } <= names
     plugin = "qlora/plugins/hydra_plugins/qlora_sweep.py"
     assert files_below(source / "qlora", "qlora") - {plugin} <= names

@@ -4,21 +4,20 @@ from importlib.resources import files
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 
 from qlora.generation import few_rows
 from qlora.quantization.bnb4.quantized_weight import QuantizedWeight, read_quantized_weight
 
 
-def quantize(rows: int, columns: int, kind: str = "nf4", *, nested: bool = True) -> QuantizedWeight:
+def quantize(
+    rows: int, columns: int, kind: str = "nf4", *, nested: bool = True, device: str = "cpu"
+) -> QuantizedWeight:
     """Returns a random weight of bitsandbytes."""
-    from bitsandbytes.nn import Params4bit
-
     torch.manual_seed(rows)
-    weight = Params4bit(
-        torch.randn(rows, columns), requires_grad=False, quant_type=kind, compress_statistics=nested, blocksize=64
-    ).to("cpu")
-    weight = weight if weight.bnb_quantized else weight._quantize("cpu")
-    read = read_quantized_weight(weight)
+    data = torch.randn(rows, columns, dtype=torch.bfloat16)
+    weight = Params4bit(data, requires_grad=False, quant_type=kind, compress_statistics=nested, blocksize=64)
+    read = read_quantized_weight(weight.to(device))
     assert read is not None
     return read
 

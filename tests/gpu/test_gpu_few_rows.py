@@ -2,19 +2,11 @@
 
 import pytest
 import torch
-from bitsandbytes.nn import Params4bit
 
 from qlora.generation import few_rows
-from qlora.quantization.bnb4.quantized_weight import read_quantized_weight
+from tests.generation.test_few_rows import quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-def quantize(rows, columns, kind, *, nested):
-    torch.manual_seed(rows)
-    data = torch.randn(rows, columns, dtype=torch.bfloat16)
-    weight = Params4bit(data, requires_grad=False, quant_type=kind, compress_statistics=nested, blocksize=64).to("cuda")
-    return read_quantized_weight(weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -24,7 +16,7 @@ def quantize(rows, columns, kind, *, nested):
     [([512, 256, 256], 1024), ([9000 - 8, 96], 512), ([64], 896), ([48, 16], 64), ([256], 20480)],
 )
 def test_the_kernel_multiplies_as_its_twin(kind, nested, dtype, members, columns):
-    weight = quantize(sum(members), columns, kind, nested=nested)
+    weight = quantize(sum(members), columns, kind, nested=nested, device="cuda")
     assert few_rows.unsupported_reason(weight, dtype, members) is None
     for rank in (0, 16, 64):
         a = torch.randn(len(members) * rank, columns, dtype=dtype, device="cuda") if rank else None
@@ -41,7 +33,7 @@ def test_the_kernel_multiplies_as_its_twin(kind, nested, dtype, members, columns
 
 
 def test_a_graph_replays_it():
-    weight = quantize(256, 256, "nf4", nested=True)
+    weight = quantize(256, 256, device="cuda")
     x = torch.randn(4, 256, dtype=torch.bfloat16, device="cuda")
     expected = few_rows.multiply(x, weight, None, None, [256])
     graph = torch.cuda.CUDAGraph()

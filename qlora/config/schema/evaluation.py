@@ -115,7 +115,7 @@ class EvaluationConfig:
         if not self.baseline:
             raise ConfigError(
                 f"evaluation.win={self.win} compares with answers of the model before, and evaluation.baseline=false "
-                "has none written; leave one of them out"
+                "writes none; leave one of them out"
             )
 
     @property
