@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora.generation.transfer import to_pinned
+from qlora.runtime.device import capture_stream
 from qlora.text import brief_text
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class StepGraphs:
         """By rows and adapter, a graph and the logits that it writes."""
         self.is_capturable = True
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = capture_stream(device)
 
     def run(self, step: Step, tokens: Tensor, positions: list[int], adapter: Hashable) -> Tensor:
         """Returns the logits of a step, [rows, vocabulary]; the next one overwrites them."""

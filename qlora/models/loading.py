@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, __version__
 
 from qlora.config.schema import ExpertsBits, ModelConfig, QuantizationConfig
-from qlora.errors import DataError, ResourceError, UserError
+from qlora.errors import ConfigError, DataError, ResourceError, UserError
 from qlora.experts.forward import use_experts
 from qlora.models.decoder import build_empty, build_skeleton, check_is_quantized, describe_full_experts
 from qlora.models.first_pass import try_base
@@ -34,9 +34,13 @@ from qlora.models.saved_quantization import (
 from qlora.models.tokenizer import hub_error
 from qlora.quantization.method import QuantizationMethod, find_method, set_method
 from qlora.runtime.device import Placement, planned_dtype
+from qlora.upstream.transformers_model import attention_of
 from qlora.upstream.transformers_models import dtype_plan
 
 log = logging.getLogger(__name__)
+
+SDPA = "sdpa"
+"""The name of torch's attention in transformers."""
 
 
 def build_random_base(
@@ -205,6 +209,7 @@ def _as_base(
     placement: Placement,
 ) -> PreTrainedModel:
     """Returns the model frozen and checked, computing in the precision of `placement`."""
+    _cap_scores(model, config)
     set_method(model, method)
     use_experts(model)
     check_is_quantized(model, method, quantization, config.name)
@@ -227,6 +232,24 @@ def _cast_unquantized(model: PreTrainedModel, method: QuantizationMethod, dtype:
 
 def _attention(config: ModelConfig) -> dict[str, str]:
     return {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+
+
+def _cap_scores(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Gives a model with a soft cap on its attention's scores an attention that has it.
+
+    `sdpa` leaves the cap out, and some releases of transformers choose it for Gemma 2 all the same.
+    """
+    if (
+        not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        or attention_of(model.config) != SDPA
+    ):
+        return
+    if config.attn_implementation == SDPA:
+        raise ConfigError(
+            f"model.attn_implementation=sdpa leaves out the soft cap that {model.config.model_type} has on the scores "
+            "of its attention; leave it out, or take model.attn_implementation=eager"
+        )
+    model.set_attn_implementation("eager")
 
 
 def _device_map(config: ModelConfig, placement: Placement) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,15 @@ def reset_peak_memory(device: torch.device) -> None:
     """Starts the measurement of `peak_memory_gb` anew where the device allows it."""
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).reset_peak_memory_stats(device)
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream in which all CUDA graphs of a device are captured.
+
+    cuBLAS sets 32 MB aside for each stream that it has computed in, for good.
+    """
+    return torch.cuda.Stream(device)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -74,7 +74,9 @@ def build(kind: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**IDS, **SHAPES[kind], **changes})
     auto = AutoModelForImageTextToText if "vision_config" in SHAPES[kind] else AutoModelForCausalLM
-    return auto.from_config(config)
+    # `sdpa`, which some releases of transformers choose for Gemma 2, leaves its soft cap out.
+    options = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    return auto.from_config(config, **options)
 
 
 def write(kind: str, folder: Path, **changes: Any) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from qlora.config.compose import compose
 from qlora.config.schema import Config
-from qlora.errors import UserError
+from qlora.errors import ConfigError, UserError
 from qlora.models import loading
 from qlora.models.json_files import library_reads
 from qlora.models.model_config import build_model_config, load_model_config
@@ -18,6 +18,7 @@ from qlora.models.new_tokens import resize_embeddings
 from qlora.models.tokenizer import load_tokenizer
 from qlora.quantization.placement import find_placement
 from qlora.runtime.device import Placement, find_device
+from tests.models.bases import build, write
 
 IDS = torch.arange(3, 35)[None]
 
@@ -298,3 +299,16 @@ def test_a_package_that_an_architecture_needs_is_named(tmp_path: Path) -> None:
         library_reads("key", "f"),
     ):
         build()
+
+
+def test_a_soft_cap_on_scores_is_computed_whatever_attention_transformers_would_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write("gemma2", tmp_path, attn_logit_softcapping=2.0)
+    kind = next(kind for kind in type(build("gemma2")).__mro__ if "_supports_sdpa" in vars(kind))
+    monkeypatch.setattr(kind, "_supports_sdpa", True)  # as in some releases
+    assert load(folder, "quantization=none").config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match=r"model\.attn_implementation=sdpa leaves out the soft cap that gemma2 "):
+        load(folder, "quantization=none", "model.attn_implementation=sdpa")
+    plain = write("gemma2", tmp_path / "plain", attn_logit_softcapping=None)
+    assert load(plain, "quantization=none").config._attn_implementation == "sdpa"

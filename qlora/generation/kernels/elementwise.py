@@ -15,6 +15,18 @@ GATE_BLOCK = 1024
 
 
 @triton.jit
+def _rounded(x, kind: tl.constexpr):
+    # As kind holds it. Triton drops a conversion that is taken back at once, and integers are not converted.
+    if kind == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        result = bits.to(tl.float32, bitcast=True)
+    else:
+        result = x.to(kind).to(tl.float32)
+    return result
+
+
+@triton.jit
 def _norm_kernel(
     x, weight, out, width, inner, outer_stride, inner_stride, epsilon,
     OFFSET: tl.constexpr, ROUNDED: tl.constexpr, WIDTH: tl.constexpr,
@@ -26,7 +38,7 @@ def _norm_kernel(
     values = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
     normed = values * tl.rsqrt(tl.sum(values * values, 0) / width + epsilon)
     if ROUNDED:
-        normed = normed.to(out.dtype.element_ty).to(tl.float32)
+        normed = _rounded(normed, out.dtype.element_ty)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if OFFSET:
         factor = factor + 1.0
@@ -52,11 +64,11 @@ def _rotary_kernel(
     second = tl.load(source + half + column, mask=inside, other=0.0).to(tl.float32)
     cosine = tl.load(cos + row * cos_row + column, mask=inside, other=0.0).to(tl.float32)
     sine = tl.load(sin + row * sin_row + column, mask=inside, other=0.0).to(tl.float32)
-    turned = (first * cosine).to(kind).to(tl.float32) - (second * sine).to(kind).to(tl.float32)
+    turned = _rounded(first * cosine, kind) - _rounded(second * sine, kind)
     tl.store(target + column, turned.to(kind), mask=inside)
     cosine = tl.load(cos + row * cos_row + half + column, mask=inside, other=0.0).to(tl.float32)
     sine = tl.load(sin + row * sin_row + half + column, mask=inside, other=0.0).to(tl.float32)
-    turned = (second * cosine).to(kind).to(tl.float32) + (first * sine).to(kind).to(tl.float32)
+    turned = _rounded(second * cosine, kind) + _rounded(first * sine, kind)
     tl.store(target + half + column, turned.to(kind), mask=inside)
 
 
@@ -71,7 +83,7 @@ def _gate_kernel(gate, up, out, width, gate_row, up_row, GELU: tl.constexpr, BLO
     active = x * tl.sigmoid(slope)
     kind = out.dtype.element_ty
     factor = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, (active.to(kind).to(tl.float32) * factor).to(kind), mask=inside)
+    tl.store(out + row * width + column, (_rounded(active, kind) * factor).to(kind), mask=inside)
 
 
 def normalise(x: Tensor, weight: Tensor, epsilon: float, *, offset: bool, rounded: bool) -> Tensor:
