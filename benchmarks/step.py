@@ -75,6 +75,8 @@ CONTESTANTS = {
     "bf16, 16 GB": Contestant(MIDDLE, OURS, packs=True),
     "fp8, 7.3 GB": Contestant([*FP8, *LEAN], OURS, packs=True),
     "bf16, 7.3 GB": Contestant(LEAN, OURS, packs=True),
+    "bf16, checkpointed": Contestant(AGAIN, OURS, packs=True),
+    "bf16, checkpointed, no graphs": Contestant([*AGAIN, "trainer.cuda_graphs=false"], OURS, packs=True),
     "plain": Contestant([*PLAIN, *AGAIN], ROWWISE),
     "original": Contestant([*PLAIN, *AGAIN], {"long": 1, "guanaco": 1}),
     "unsloth": Contestant(AGAIN, ROWWISE, package="unsloth"),
@@ -215,18 +217,23 @@ def time_steps(
     *,
     steps: int,
     profile: bool,
+    graphs: Callable[[], int] = int,
 ) -> dict[str, Any]:
-    """Trains a bare loop, each micro-batch inside `around(it)`; returns its speed, memory and first step's seconds."""
+    """Trains a bare loop, each micro-batch inside `around(it)`; returns its speed, memory and first step's seconds.
+
+    `graphs` says the bytes in which CUDA graphs compute.
+    """
     import torch
 
     from qlora.runtime.device import device_name, reset_peak_memory
+    from qlora.training.garbage import unsearched
     from qlora.training.peak_memory import PeakMemory
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     reset_peak_memory(device)
     memory = PeakMemory(device)
-    memory.watch(optimizer)
+    memory.watch(optimizer, graphs)
 
     def once() -> tuple[int, Any]:
         micro = next(source)
@@ -252,7 +259,8 @@ def time_steps(
 
     _, first = timed(1)
     timed(WARM_UP - 1)
-    tokens, seconds = timed(steps)
+    with unsearched():
+        tokens, seconds = timed(steps)
     if profile:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as record
@@ -316,7 +324,9 @@ def measure(
 
         source = batches(workload, name, config.model.architecture.vocab_size, device, shrink)
         return {
-            **time_steps(model, optimizer, source, around, device, steps=steps, profile=profile),
+            **time_steps(
+                model, optimizer, source, around, device, steps=steps, profile=profile, graphs=lambda: step.graph_bytes
+            ),
             "loading_seconds": loading,
             "loading_peak_gb": loading_peak,
             "parts": step.parts,

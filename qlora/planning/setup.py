@@ -36,6 +36,8 @@ class Setup:
     checkpointed: int
     """Decoder layers, the first ones, that compute their activations again in the backward pass."""
     step: PlanStep
+    graphs: bool = False
+    """Whether checkpointed layers are computed by CUDA graphs."""
     fp8: bool = False
     """Whether the matmuls with the base are in 8 bits."""
     guarded: bool = False

@@ -224,6 +224,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         accumulates=trainer.gradient_accumulation_steps > 1,
         checkpointed=shape.layers if trainer.gradient_checkpointing else 0,
         step=_find_step(config, shape),
+        graphs=trainer.asks_for_graphs(shape.hidden, is_mixture=shape.experts is not None),
         fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
         reference_passes=_reference_passes(config),

@@ -67,6 +67,7 @@ ADDED_KEYS: dict[str, Any] = {
     "lora.alpha_pattern": {},
     "lora.freeze_a": False,
     "lora.parameters": None,
+    "trainer.cuda_graphs": "auto",
     "trainer.label_smoothing_factor": 0.0,
     "trainer.neftune_noise_alpha": None,
     "trainer.keep": "last",

@@ -66,7 +66,8 @@ class FastStep:
         for name in trainer.step_parts:
             self._add(name, find_part(name)(self._context))
         self.is_compiled = self._context.is_on("compile")
-        self._calls = LayerCalls(self._context, compiled=self.is_compiled)
+        as_graphs = self._context.is_on("cuda_graphs")
+        self._calls = LayerCalls(self._context, compiled=self.is_compiled, as_graphs=as_graphs)
         attention, loss = self._active.get("fused_attention"), self._active.get("fused_loss")
         self._attention = attention if isinstance(attention, FusedAttention) else None
         self._loss = loss if isinstance(loss, FusedLoss) else None
@@ -133,6 +134,17 @@ class FastStep:
         for layer in experts[:layers]:
             layer.keep(dtype)
         self.kept = min(layers, len(experts))
+
+    def free(self) -> None:
+        """Frees what steps keep: decoded experts, and the graphs of layers."""
+        self.keep(0)
+        if self._calls.graphs is not None:
+            self._calls.graphs.forget()
+
+    @property
+    def graph_bytes(self) -> int:
+        """What graphs compute in, which torch does not count among the tensors that there are."""
+        return 0 if self._calls.graphs is None else self._calls.graphs.bytes
 
     def packed_logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the logits of rows that restart `position_ids`, as a step attends: [rows, tokens, vocabulary].

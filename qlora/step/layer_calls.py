@@ -1,4 +1,7 @@
-"""How a step calls the decoder layers: compiled or not, checkpointed or not, with their inputs on the host or not."""
+"""How a step calls the decoder layers: compiled or not, checkpointed or not, with their inputs on the host or not.
+
+Checkpointed layers may be computed by CUDA graphs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from qlora.step.layer_graphs import LayerGraphs
 from qlora.step.offload import Offloading
 from qlora.step.part import StepContext
 from qlora.step.parts.fused_linear import FastLinear
@@ -25,7 +29,7 @@ MIXTURE_CHILDREN = {"gate", "experts"}
 class LayerCalls:
     """Changes the calls of the decoder layers for the time of a step."""
 
-    def __init__(self, context: StepContext, *, compiled: bool) -> None:
+    def __init__(self, context: StepContext, *, compiled: bool, as_graphs: bool) -> None:
         self.layers = context.layers
         is_sharded = any(isinstance(layer, FSDPModule) for layer in self.layers)
         self._call = torch.compile(call_layer) if compiled and not is_sharded else call_layer
@@ -34,14 +38,19 @@ class LayerCalls:
         self._offloading = Offloading(context.placement.device)
         rates = [module.p for module in context.base.modules() if isinstance(module, torch.nn.Dropout)]
         self._has_dropout = any(rates) or any(experts.dropout for experts in context.experts)
+        device = context.placement.device
+        self.graphs = LayerGraphs(device, has_dropout=self._has_dropout) if as_graphs else None
+        """The graphs of checkpointed layers; None: none are captured."""
 
     def enter(self, checkpointed: int, offloaded: int) -> None:
         """Replaces the calls; the first `checkpointed` layers recompute, the first `offloaded` of them offload."""
         self._previous = [layer.gradient_checkpointing for layer in self.layers]
         self._offloading.begin()
+        if self.graphs is not None:
+            self.graphs.begin(self.layers[:checkpointed])
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = False
-            set_layer_call(layer, self._call_of(layer, index < checkpointed, index < offloaded))
+            set_layer_call(layer, self._call_of(index, index < checkpointed, index < offloaded))
             if self._forward is not None:
                 layer.forward = partial(self._forward, layer)
 
@@ -53,19 +62,22 @@ class LayerCalls:
             if self._forward is not None:
                 del layer.__dict__["forward"]
 
-    def _call_of(self, layer: torch.nn.Module, is_checkpointed: bool, is_offloaded: bool) -> Callable[..., Any]:
+    def _call_of(self, index: int, is_checkpointed: bool, is_offloaded: bool) -> Callable[..., Any]:
+        layer = self.layers[index]
         call = partial(self._call, layer)
         if not is_checkpointed:
             return call
         # Nothing in a layer reads what the layer adds to its input last: the recomputation leaves that matmul out.
         recomputing = find_unread(layer)
-        again = partial(
+        again: Callable[..., Any] = partial(
             checkpoint,
             call,
             use_reentrant=False,
             preserve_rng_state=self._has_dropout,
             context_fn=lambda: (contextlib.nullcontext(), recomputing()),
         )
+        if self.graphs is not None:
+            again = partial(self.graphs.call, index, layer, call, again, recomputing)
         return partial(self._offloading.call, again) if is_offloaded else again
 
 

@@ -41,7 +41,12 @@ class Step(Protocol):
     @property
     def layers(self) -> Sequence[torch.nn.Module]: ...
 
+    @property
+    def graph_bytes(self) -> int: ...
+
     def keep(self, layers: int) -> None: ...
+
+    def free(self) -> None: ...
 
     def __enter__(self) -> Any: ...
 
@@ -159,7 +164,7 @@ class Budget:
         if rows * length >= self._tokens:
             added = torch.cuda.max_memory_allocated(self.device) - resident
             self._tokens, self._paged = rows * length, self.memory.paged
-            self._resident = resident - plan.kept * self.formula.decoded
+            self._resident = resident + self.memory.in_graphs - plan.kept * self.formula.decoded
             self._factor = added / self.formula.added(plan.checkpointed, plan.offloaded, rows, length)
 
     @contextlib.contextmanager

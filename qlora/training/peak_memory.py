@@ -1,8 +1,12 @@
-"""The most memory that a run has needed of its device: what torch counts, and paged optimizer states beside it."""
+"""The most memory that a run has needed of its device: what torch counts, and what it does not.
+
+That is paged optimizer states, and what CUDA graphs compute in.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -17,11 +21,12 @@ class PeakMemory:
         self.device = device
         self._most = 0.0
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._graphs: Callable[[], int] = int
 
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Counts the paged states of an optimizer from now on; it has none yet."""
+    def watch(self, optimizer: torch.optim.Optimizer, graphs: Callable[[], int] = int) -> None:
+        """Counts the paged states of an optimizer from now on; it has none yet. `graphs` says the bytes of graphs."""
         self.restart()
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer, self._graphs = weakref.ref(optimizer), graphs
 
     def restart(self) -> None:
         """Starts torch's own count anew; what was needed so far is kept."""
@@ -34,7 +39,12 @@ class PeakMemory:
         optimizer = self._optimizer() if self._optimizer is not None else None
         return paged_bytes(optimizer) if optimizer is not None and self.device.type != "cpu" else 0
 
+    @property
+    def in_graphs(self) -> int:
+        """The bytes that CUDA graphs compute in."""
+        return self._graphs()
+
     def gb(self) -> float:
         """Returns the most memory so far, in 10^9 bytes."""
-        self._most = max(self._most, peak_memory_gb(self.device) + self.paged / 1e9)
+        self._most = max(self._most, peak_memory_gb(self.device) + (self.paged + self.in_graphs) / 1e9)
         return self._most

@@ -11,14 +11,10 @@ from transformers import PreTrainedModel
 
 from qlora.experts.layout import ExpertsLayout, find_experts
 from qlora.models.decoder import ROUTER, read_decoder
+from qlora.step.layer_graphs import NOTED
 
 COEFFICIENT = "router_aux_loss_coef"
 """What the configs of architectures with a balancing loss hold."""
-
-
-NOTED = "routed_tokens"
-"""The attribute of a module with what it routed in the last forward pass: of experts those of each token, of a router
-the sums of probabilities and the number of tokens."""
 
 
 def note_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -32,14 +28,17 @@ class RoutingMeter:
     """Counts the tokens of each expert in training, without waiting for the device.
 
     What a layer routes is noted, not added, when it computes: a layer that computes again in the backward pass notes
-    the same once more. `add` takes the notes of a micro-batch, once its backward pass is over.
+    the same once more. `add` takes the notes of a micro-batch, once its backward pass is over: of experts those of each
+    token, of a router the sums of probabilities and the number of tokens.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._experts = list(find_experts(base).values())
         self._sizes = [ExpertsLayout.of(module).count for module in self._experts]
         self._routers: list[nn.Module] = []
+        self._base = base
         self._mask: Tensor | None = None
+        self._masks: dict[int, Tensor] = {}
         for module in self._experts:
             module.register_forward_pre_hook(note_experts, with_kwargs=True)
         if hasattr(base.config.get_text_config(), COEFFICIENT):
@@ -55,10 +54,21 @@ class RoutingMeter:
 
     def begin(self, batch: dict[str, Tensor]) -> None:
         """Prepares for a micro-batch, whose padding does not count."""
-        mask = batch.get("attention_mask")
-        self._mask = mask.reshape(-1).bool() if mask is not None and mask.dim() in (2, 3) else None
+        mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+        if mask is not None and (mask.dim() not in (2, 3) or (ids is not None and mask.numel() != ids.numel())):
+            mask = None
+        shaped = ids if mask is None else mask
+        self._mask = None if shaped is None else self._mask_of(shaped.numel())
+        if self._mask is not None:
+            self._mask.copy_(torch.ones_like(self._mask) if mask is None else mask.reshape(-1) != 0)
         for module in (*self._experts, *self._routers):
             module.__dict__.pop(NOTED, None)
+
+    def _mask_of(self, tokens: int) -> Tensor:
+        """Returns the mask of all micro-batches of that size: a CUDA graph reads it where it has read it before."""
+        if tokens not in self._masks:
+            self._masks[tokens] = torch.empty(tokens, dtype=torch.bool, device=self._base.device)
+        return self._masks[tokens]
 
     @torch.no_grad()
     def _note_router(self, module: nn.Module, args: Any, output: Any) -> None:

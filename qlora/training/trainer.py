@@ -64,6 +64,7 @@ from qlora.training.checkpoints import (
     step_of,
 )
 from qlora.training.flat_optimizer import flatten_groups, run_ahead
+from qlora.training.garbage import Unsearched
 from qlora.training.memory_budget import Budget, Step, StepMemory
 from qlora.training.meter import Meter
 from qlora.training.optimizers import create_loraplus, optimizer_class, resolve_schedule_steps
@@ -157,6 +158,8 @@ class QLoraTrainer(Trainer):
         self.name_rows = name_rows
         self.watchdog = Watchdog(watchdog, arguments.device, find_rows=self._find_bad_rows, scales=self._scales)
         self.add_callback(self.watchdog)
+        self._unsearched = Unsearched()
+        self.add_callback(self._unsearched)
         if ranks is not None:
             self.add_callback(RankCallback(ranks))
         self.remove_callback(PrinterCallback)
@@ -169,7 +172,7 @@ class QLoraTrainer(Trainer):
         while True:
             try:
                 output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-                self.step.keep(0)
+                self._free_step()
                 optimizer: Any = self.optimizer
                 if hasattr(optimizer, "eval"):  # a checkpoint holds the weights of the next step instead
                     optimizer.eval()
@@ -183,6 +186,8 @@ class QLoraTrainer(Trainer):
                 checkpoint = self._find_good_checkpoint(order)
                 factor = self.watchdog.course.rate_factor
                 log.warning("%s; going back to %s, with %g times the learning rate", order, checkpoint.name, factor)
+            finally:
+                self._unsearched.close()
 
     def _find_good_checkpoint(self, order: Rollback) -> Path:
         self.watchdog.go_back()
@@ -292,9 +297,14 @@ class QLoraTrainer(Trainer):
 
     # Measuring
 
+    def _free_step(self) -> None:
+        """Frees what the step keeps from one micro-batch to the next, after it has been counted."""
+        self.peak.gb()
+        self.step.free()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures the held-out rows, logs the result and calls the callbacks."""
-        self.step.keep(0)  # measuring has that memory
+        self._free_step()  # measuring has that memory
         with self._averaged():
             measured = self.measure(self.model, self.state.global_step)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
@@ -483,7 +493,7 @@ class QLoraTrainer(Trainer):
                 flatten_groups(optimizer)
             run_ahead(optimizer)
         self.watchdog.guard(optimizer)
-        self.peak.watch(optimizer)
+        self.peak.watch(optimizer, lambda: self.step.graph_bytes)
         return optimizer
 
 

@@ -7,7 +7,8 @@
 - `raise_if_worker_died`: the error that torch's own signal handler would raise later;
 - `as_dataset`: rows of any class, for loaders that declare torch's own;
 - `set_last_rate`: the learning rate that a scheduler reports;
-- `compile_cuda`: kernels in CUDA, compiled by the library that torch brings.
+- `compile_cuda`: kernels in CUDA, compiled by the library that torch brings;
+- `pool_bytes`: the memory of CUDA graphs, which is a field of what torch knows of all its memory.
 """
 
 from __future__ import annotations
@@ -101,3 +102,9 @@ def cuda_compiler_reason() -> str | None:
 def compile_cuda(source: str, name: str) -> CudaKernel:
     """Compiles the function `name`, which is `extern "C"`, for the current GPU, in about a second."""
     return CudaKernel(torch.cuda._compile_kernel(source, name))
+
+
+def pool_bytes(pool: Any) -> int:
+    """Returns the bytes that torch holds for CUDA graphs in a pool (`torch.cuda.graph_pool_handle`)."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))

@@ -12,5 +12,6 @@ PARTS = {
     "flash_attention": "qlora.step.parts.attention:NewerFlashAttention",
     "fused_loss": "qlora.step.parts.loss:FusedLoss",
     "compile": "qlora.step.parts.compile:CompiledLayers",
+    "cuda_graphs": "qlora.step.parts.graphs:GraphedLayers",
 }
 """The parts of this package, in the order in which they are decided on and entered."""

@@ -17,6 +17,9 @@ from qlora.config.training_length import read_interval
 from qlora.errors import ConfigError, require
 from qlora.text import parse_size
 
+NARROW = 2560
+"""The most hidden units of a model whose layers `cuda_graphs=auto` computes by graphs."""
+
 Parallel = StrEnum("Parallel", "ddp fsdp")
 """How several processes share a training run."""
 
@@ -85,6 +88,10 @@ class TrainerConfig:
     compile: Any = "auto"
     """Compile the decoder layers with `torch.compile`, one by one with shared code: true, false or `auto` (with
     CUDA)."""
+    cuda_graphs: Any = "auto"
+    """Compute the forward pass of checkpointed decoder layers, once they are compiled, as CUDA graphs, each of which
+    the host starts with one call; they take memory for themselves, which `task=plan` counts. True, false or `auto`
+    (with CUDA, for dense models of up to 2,560 hidden units: the host starts such small kernels too slowly)."""
     fused_linear: Any = "auto"
     """Compute 4-bit layers and their adapters as one operation, layers that read the same input together; they share
     one dropout mask then. True, false or `auto` (with CUDA)."""
@@ -138,6 +145,10 @@ class TrainerConfig:
     """Record two of the first steps with torch's profiler: a Chrome trace in the run's folder, and the ten most
     expensive kernels on the screen."""
 
+    def asks_for_graphs(self, hidden: int, *, is_mixture: bool) -> bool:
+        """Returns whether checkpointed layers of a model `hidden` units wide are to be computed by CUDA graphs."""
+        return self.cuda_graphs is True or (self.cuda_graphs == "auto" and hidden <= NARROW and not is_mixture)
+
     def __post_init__(self) -> None:
         for index, name in enumerate(self.step_parts):
             check_name(f"trainer.step_parts[{index}]", name, (), GROUP)
@@ -173,7 +184,7 @@ class TrainerConfig:
                 f"trainer.flash_attention={self.flash_attention.value} adds up in any order, and "
                 "trainer.deterministic=true takes torch's own attention: leave one of them out"
             )
-        for name in ("compile", "fused_linear", "fused_experts", "fused_attention", "fused_loss"):
+        for name in ("compile", "cuda_graphs", "fused_linear", "fused_experts", "fused_attention", "fused_loss"):
             value = getattr(self, name)
             require(value == "auto" or isinstance(value, bool), f"trainer.{name}", "be true, false or auto", value)
         if (self.max_steps is None) == (self.num_train_epochs is None):

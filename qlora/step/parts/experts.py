@@ -130,6 +130,11 @@ class FastExperts:
         first = self._packed[0] if self._packed else self.first
         return first.is_quantized
 
+    @property
+    def waits(self) -> bool:
+        """Whether weights wait in the host's memory."""
+        return any(weights.quantized is not None and weights.quantized.waits for weights in (self.first, self.down))
+
     def scale_weights(self) -> None:
         """Prepares for matmuls in 8 bits; weights in 16 bits stay in them."""
         self.first, self.down = (
