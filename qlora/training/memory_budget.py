@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora.errors import ResourceError
 from qlora.objectives.protocol import SHARED_ROWS
+from qlora.step.kernels.dequantize import find_moved
 from qlora.training.batches import Micro, split
 from qlora.training.peak_memory import PeakMemory
 
@@ -303,6 +304,7 @@ def close_gaps(model: torch.nn.Module, device: torch.device) -> None:
         storage.resize_(size)
         whole.copy_(room[:size])
     del room
+    find_moved()
     _free(device)
 
 

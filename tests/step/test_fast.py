@@ -23,6 +23,7 @@ from qlora.step.kernels import fused_linear
 from qlora.step.offload import Offloading
 from qlora.step.parts.attention import attend_packed, attend_padded
 from qlora.step.parts.fused_linear import FastLinear, LinearGroup
+from qlora.training import memory_budget
 from qlora.upstream.bitsandbytes import disable_repacking
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32)
@@ -278,6 +279,35 @@ def test_a_model_is_what_it_was_after_a_step(compiled: str, monkeypatch: pytest.
         - build(overrides=())[0].get_submodule("base_model.model.model.layers.0.self_attn.q_proj").__dict__.keys()
         == added
     )
+
+
+def test_a_step_finds_weights_that_were_moved_in_memory() -> None:
+    model, config = build()
+    step = build_step(model, config)
+    with step:
+        expected = learn(model, batch())
+    packed = [layer.weight.data_ptr() for layer in model.modules() if isinstance(layer, Linear4bit)]
+    move_apart(model)
+    assert packed != [layer.weight.data_ptr() for layer in model.modules() if isinstance(layer, Linear4bit)]
+    with step:
+        actual = learn(model, batch())
+    assert actual[0] == expected[0]
+    assert all(torch.equal(grad, expected[1][name]) for name, grad in actual[1].items())
+
+
+def move_apart(model: torch.nn.Module) -> None:
+    """Closes gaps, while what would fit into them is taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_budget, "SMALL", 2**10)
+        taken, resize = [], torch.UntypedStorage.resize_
+
+        def elsewhere(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            if size:
+                taken.append(torch.empty(size, dtype=torch.uint8))
+            return resize(storage, size)
+
+        patch.setattr(torch.UntypedStorage, "resize_", elsewhere)
+        memory_budget.close_gaps(model, torch.device("cpu"))
 
 
 def test_each_part_can_be_switched_off() -> None:

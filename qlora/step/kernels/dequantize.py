@@ -45,11 +45,20 @@ The first layer of a group begins where the group does.
 def register(packed: Tensor, weight: Weight) -> Weight:
     """Lets operators find a weight by its packed bytes alone, as long as what this returns is there.
 
-    It is this weight, or what was registered for the same bytes before. Each tensor more that a compiled layer reads
-    takes the host time: it is checked at each call, saved for the backward pass, and unpacked there.
+    It is this weight, or what was registered for the same bytes before; `weight.packed` are the bytes. Each tensor
+    more that a compiled layer reads takes the host time: it is checked at each call, saved for the backward pass, and
+    unpacked there.
     """
     result: Weight = _registered.setdefault((packed.data_ptr(), packed.numel()), weight)
     return result
+
+
+def find_moved() -> None:
+    """Finds the registered weights where their packed bytes lie now; whatever moves tensors in memory calls it."""
+    weights = [*_registered.values()]
+    _registered.clear()
+    for weight in weights:
+        register(weight.packed, weight)
 
 
 def registered(packed: Tensor) -> Any:

@@ -43,6 +43,11 @@ class QuantizedProjections:
         packed = weights[0].packed
         return register(packed, cls([_by_expert(weight) for weight in weights], is_waiting(packed)))
 
+    @property
+    def packed(self) -> Tensor:
+        """The packed bytes of the first, by which operators find them."""
+        return self.weights[0].packed
+
     def on_device(self) -> list[QuantizedWeight]:
         """Returns them as a device computes with them."""
         if not self.waits:
