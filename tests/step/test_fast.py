@@ -232,6 +232,23 @@ def test_compiled_layers_learn_the_same_with_one_code_for_all() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # layer, layer under checkpointing, loss
 
 
+@pytest.mark.parametrize("compute", ["native", "fp8"])
+def test_a_pass_without_gradients_is_compiled_whole(compute: str) -> None:
+    logits = []
+    for compiled in ("false", "true"):
+        model, config = build(overrides=(f"trainer.compile={compiled}", f"quantization.compute={compute}"))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        rows = {name: tensor for name, tensor in batch().items() if name != "labels"}
+        step = build_step(model, config)
+        with step, torch.no_grad():
+            logits.append(step.base.model(use_cache=False, **rows).last_hidden_state)
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    bound = 1e-5 if compute == "native" else 0.1  # rounding to 8 bits moves them by 0.06
+    assert (logits[1] - logits[0]).norm() < bound * logits[0].norm()
+
+
 @pytest.mark.full
 def test_layers_are_compiled_for_every_form_that_they_meet() -> None:
     model, config = build(overrides=("trainer.compile=true",))

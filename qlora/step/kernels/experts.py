@@ -298,7 +298,8 @@ class ExpertLinear(torch.autograd.Function):
     """One frozen linear layer of all experts, with their adapters."""
 
     @staticmethod
-    def forward(ctx, x, read, a, b, routing, gathers, weight_scale, shape, *tensors):
+    def forward(ctx, *arguments):
+        x, read, a, b, routing, gathers, weight_scale, shape, *tensors = arguments  # as in `GroupedLinear`
         """Returns the outputs of the routed rows for `x`.
 
         With `gathers`, `x` has a row a token, [tokens, columns], and the result a row of each, [rows, weight rows];

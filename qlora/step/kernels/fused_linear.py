@@ -75,14 +75,19 @@ class GroupedLinear(torch.autograd.Function):
     """A group of frozen linear layers with their adapters."""
 
     @staticmethod
-    def forward(ctx, x, dropped, a, scales, rows, *tensors):
-        """Returns the layers' outputs, each [tokens, rows], for `x` [tokens, columns].
+    def forward(ctx, *arguments):
+        """Returns the layers' outputs, each [tokens, rows], for `x, dropped, a, scales, rows, *tensors`.
+
+        `x` is [tokens, columns].
 
         `dropped` is what the adapters read, `x` after dropout; None: `x` itself. `a` [all ranks, columns] are the A
         matrices; `tensors` the scaled B matrices, one a layer [rows, rank], and what `join_tensors` takes.
         With `scales`, float32 [3], matmuls with the weights are in e4m3: it holds the factor of the weights
         (`WEIGHT_SCALE`) and the largest absolute values of A and of the scaled B (`AMAX_A`, `AMAX_B`).
         """
+        # Where nothing is differentiated, torch.compile takes one argument more than there are names for one without
+        # `ctx`, which two `tensors` would be.
+        x, dropped, a, scales, rows, *tensors = arguments
         b, codes = list(tensors[: len(rows)]), list(tensors[len(rows) :])
         read = x if dropped is None else dropped
         xa = read @ a.t()
