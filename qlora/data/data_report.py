@@ -84,6 +84,8 @@ class DataReport:
     """For each set the commit of the hub's repository that it comes from; None: it is from elsewhere."""
     fingerprint: str
     """16 hex digits of the SHA-256 of all tokens and labels in order; equal on every machine."""
+    streamed: bool = False
+    """Whether rows are streamed; the numbers of rows to train on are then those of the first of them."""
 
     @property
     def lost_rows(self) -> int:
@@ -155,6 +157,7 @@ def build_report(
         packed_share=packed_share,
         commits=[part.commit for part in sets],
         fingerprint=fingerprint.hexdigest()[:16],
+        streamed=config.streaming,
     )
 
 
@@ -186,7 +189,8 @@ def log_losses(report: DataReport, config: DataConfig) -> None:
         (report.equal_rows, "pairs dropped, both sides are equal"),
         (report.unordered_rows, "pairs dropped, their scores do not put the chosen side first"),
     )
-    _log_counts(losses, f"{report.name}: of {report.train_rows + report.lost_rows:,} rows")
+    first = "the first " if report.streamed else ""
+    _log_counts(losses, f"{report.name}: of {first}{report.train_rows + report.lost_rows:,} rows")
     held_out = (
         (report.eval_dropped_rows, "dropped, nothing in them is trained"),
         (report.eval_too_long_rows, "dropped as too long (data.on_too_long=drop)"),

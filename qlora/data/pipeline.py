@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.config.paths import cache_root
 from qlora.config.registries.objectives import RowKind
-from qlora.config.schema import DataConfig, MixConfig, Pairs
+from qlora.config.schema import DataConfig, MixConfig, Pairs, Stop
+from qlora.config.schema.data import MOST_HELD_OUT
+from qlora.data.batching.item_stream import ItemStream
 from qlora.data.batching.packing import PackedRows, efficiency, lengths_of, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
@@ -51,10 +53,22 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamLength:
+    """How much of a stream a training run takes."""
+
+    steps: int
+    items: int
+    """Rows or packs an optimizer step."""
+    seed: int
+    """Of what is drawn."""
+
+
+@dataclass(frozen=True, slots=True)
 class Data:
     """Rows in tokens: input_ids, labels, length and more; for `eval` also prompt_ids, prompt, reference, maybe task."""
 
     train: Dataset | None
+    """Of a stream, some of its first rows."""
     eval: Dataset | None
     report: DataReport
     template: Template
@@ -72,11 +86,17 @@ class Data:
     """Whether the answers of a pair share their prompt, whose tokens then count once in lengths and packs."""
     labels: tuple[str, ...] = ()
     """The classes of the rows to train on, in order, where rows are texts with one."""
+    stream: ItemStream | None = None
+    """What is trained on where rows are streamed."""
+    max_length: int = 0
+    """The most tokens that an item of what is trained on may have, a row or a pack."""
 
     @property
-    def items(self) -> Dataset | PackedRows:
+    def items(self) -> Dataset | PackedRows | ItemStream:
         """What is trained on: the rows, or their packs."""
         assert self.train is not None
+        if self.stream is not None:
+            return self.stream
         return self.packed if self.packed is not None else self.train
 
     @property
@@ -99,13 +119,15 @@ class Data:
     @property
     def most_targets(self) -> int | None:
         """The most tokens that the loss counts in an item of what is trained on: in a row, or in a pack."""
-        if self.train is None:
+        if self.train is None or self.stream is not None:
             return None
         targets = column(self.train, "trained")
         return int((targets if self.packed is None else self.packed.sums(targets)).max(initial=0))
 
     def named_rows(self, index: int) -> list[tuple[str, dict[str, Any]]]:
         """Returns the rows of what is trained on as number `index`, each with its name: one, or those of a pack."""
+        if self.stream is not None:
+            return self.stream.named_rows(index)
         assert self.train is not None
         assert self.origin is not None
         if self.packed is None:
@@ -128,8 +150,11 @@ def build_data(
     questions: Questions | None = None,
     kind: RowKind = RowKind.tokens,
     shares_prompts: bool = False,
+    length: StreamLength | None = None,
 ) -> Data:
     """Loads, splits and tokenizes the rows that are needed; with `questions`, rows of `eval_path` need no answer.
+
+    Of rows that are streamed those to measure on and some others are read; with `length` the rest is there to train on.
 
     `kind` is what the training objective takes rows for; `qlora.data.formats.preferences` lists the columns of each.
     Where the answers of pairs share their prompt, its tokens count once in packs and lengths.
@@ -160,7 +185,10 @@ def build_data(
         _check_numbers([rows for rows in (train, evaluated) if rows is not None])
     if kind is RowKind.texts:
         _check_partners([rows for rows in (train, evaluated) if rows is not None])
+    stream = None if length is None or train is None or not config.streaming else _stream(config, sets, length)
     packed, fraction = _pack(config, train, shares_prompts=shares_prompts)
+    if stream is not None:
+        packed = None  # these are packs of the first rows alone
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
     report = build_report(config, used, train, evaluated, counts, eval_counts, packed, fraction)
@@ -171,7 +199,31 @@ def build_data(
     template = next((part.template for part in used if part.template), used[0].chat_template)
     end_id = ChatWriter(tokenizer, template).end_id
     lost = next(filter(None, (part.find_lost() for part in sets)), None) if need_train else None
-    return Data(train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts, labels)
+    max_length = _max_length(config, train, packed, shares_prompts=shares_prompts)
+    return Data(
+        train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts, labels, stream, max_length
+    )
+
+
+def _stream(config: DataConfig, sets: Sequence[RowSet], length: StreamLength) -> ItemStream:
+    return ItemStream(
+        [part.streamed(number) for number, part in enumerate(sets)],
+        length=length.steps * length.items,
+        step=length.items,
+        probabilities=config.probabilities,
+        stop=config.stop or Stop.first,
+        buffer=config.shuffle_buffer,
+        width=config.pack_width,
+        seed=length.seed,
+    )
+
+
+def _max_length(config: DataConfig, train: Dataset | None, packed: PackedRows | None, *, shares_prompts: bool) -> int:
+    if config.streaming:
+        return config.pack_width or config.longest_row or 0
+    if packed is not None:
+        return int(packed.lengths.max(initial=0))
+    return 0 if train is None else int(lengths_of(train, shares_prompts=shares_prompts).max(initial=0))
 
 
 def row_sets(
@@ -179,7 +231,9 @@ def row_sets(
 ) -> list[RowSet]:
     """Returns the sets to train on, each with its rows, its format and its split."""
     sets = [RowSet(config, part, tokenizer, cache, kind=kind) for part in _parts(config)]
-    if config.splits_off:
+    for part, fraction in zip(sets, config.probabilities, strict=True):
+        part.fraction = fraction
+    if config.splits_off and not config.streaming:
         total = sum(len(part.rows) for part in sets)
         for part in sets:
             part.total_rows = total
@@ -262,6 +316,9 @@ def _check_numbers(parts: Sequence[Dataset]) -> None:
 
 def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:
     """Says how many rows are held out where no number of them was asked for."""
+    if config.streaming and (config.splits_off or config.eval_split is not None) and config.eval_dataset_size != 0:
+        _log_first_rows(config, sets)
+        return
     if not config.splits_off or config.eval_dataset_size:
         return
     total, count = sum(len(part.rows) for part in sets), sum(part.split_off for part in sets)
@@ -272,6 +329,16 @@ def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:
     else:
         why = f"{count / total:.0%}; data.eval_dataset_size=NUMBER changes it, and 0 holds out none"
     log.info("%s: %s of %s rows are held out (%s)", config.name, f"{count:,}" if count else "none", f"{total:,}", why)
+
+
+def _log_first_rows(config: DataConfig, sets: Sequence[RowSet]) -> None:
+    """Says which rows of a stream are held out."""
+    if config.eval_split is not None:
+        log.info("%s: of data.eval_split=%s the first %s rows at most are measured (data.max_eval_samples)",
+                 config.name, config.eval_split, f"{config.max_eval_samples or MOST_HELD_OUT:,}")  # fmt: skip
+        return
+    counts = ", ".join(f"{part.source.skip:,} of {part.part.label}" for part in sets)
+    log.info("%s: held out are the first rows of the stream: %s (data.eval_dataset_size)", config.name, counts)
 
 
 def _parts(config: DataConfig) -> list[Part]:

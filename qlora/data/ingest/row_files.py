@@ -92,6 +92,12 @@ def read_rows(path: str, *, key: str) -> Iterator[tuple[Mapping[str, Any], str]]
                 yield row, f"{name}, {chunk.locate(index)}"
 
 
+def files_of(path: str, label: str) -> list[tuple[Path, str]]:
+    """Returns the files that a path names, each with the beginning of its errors."""
+    files = find_files(path, label)
+    return list(zip(files, _names(files, path, label), strict=True))
+
+
 def find_files(path: str, label: str) -> list[Path]:
     """Returns the files that can be read: the one named, or those below a folder or under a glob, sorted."""
     location = Path(path).expanduser()
