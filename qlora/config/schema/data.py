@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora.config.addresses import check_address
 from qlora.config.foreign_names import known_value
 from qlora.config.registries.chat_templates import template_names
 from qlora.config.registries.data_formats import format_names
@@ -79,7 +80,8 @@ class DataConfig:
     name: str = MISSING
     """The name of the data set in reports."""
     path: str | None = MISSING
-    """A file (JSON, JSONL, CSV, TSV, Parquet, plain text, each also .gz), a folder or glob of them, a folder that
+    """A file (JSON, JSONL, CSV, TSV, Parquet, plain text, each also .gz), a folder or glob of them, also elsewhere
+    (`s3://`, `gs://`, `https://`, `hf://`, or `env://NAME`, a variable that holds the address), a folder that
     `datasets` saved, a hub id, or `module:function` that returns an iterable of rows."""
     subset: str | None = None
     """The hub data set's configuration."""
@@ -189,6 +191,8 @@ class DataConfig:
         if self.eval_path is not None and self.eval_split is not None:
             raise ConfigError("data.eval_path and data.eval_split both name held-out rows; leave one of them out")
         self.mix = {name: build_mix(name, part) for name, part in self.mix.items()}
+        for key, path in self.paths.items():
+            check_address(key, path)
         check_stream(self)
         check_format("data.format", self.format)
         check_template("data.template", self.template)
@@ -235,6 +239,13 @@ class DataConfig:
     def holds_out(self) -> bool:
         """Whether rows are held out to measure on; of a file with too few rows none are, in spite of it."""
         return not (self.splits_off and self.eval_dataset_size == 0)
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Where rows are, by the full keys that say it."""
+        named = {"data.path": self.path, "data.eval_path": self.eval_path}
+        named |= {f"data.mix.{name}.path": part.path for name, part in self.mix.items()}
+        return {key: path for key, path in named.items() if path is not None}
 
     @property
     def probabilities(self) -> list[float]:

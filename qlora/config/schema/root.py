@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from qlora.config.addresses import missing_package
 from qlora.config.optimizers import check_installed
 from qlora.config.registries.objectives import RowKind
 from qlora.config.registries.optimizers import OPTIMIZERS
@@ -202,6 +203,10 @@ class Config:
     def _check_stream(self) -> None:
         """Refuses what a run on streamed rows cannot do, because it does not know how many there are."""
         trainer = self.trainer
+        if self.task.name in (TaskName.train, TaskName.preview, TaskName.doctor):
+            for key, path in self.data.paths.items():
+                if (remedy := missing_package(path)) is not None:
+                    raise ConfigError(f"{key}={path} is read by a package that is not installed; {remedy}")
         if not (self.data.streaming and self.task.name in TRAIN_ON_ROWS):
             return
         if trainer.max_steps is None:

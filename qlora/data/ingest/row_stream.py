@@ -12,11 +12,12 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
 
+from qlora.config.addresses import is_address
 from qlora.config.schema import FUNCTION_PATH
 from qlora.data.cache import Cache
 from qlora.data.formats.cells import clean_row, take_rows
 from qlora.data.ingest.arrow_writer import chunk_table, file_digest
-from qlora.data.ingest.readers import Chunk, read_chunks
+from qlora.data.ingest.readers import Chunk, RowFile, read_chunks
 from qlora.data.ingest.row_files import (
     ROWS,
     files_of,
@@ -165,7 +166,7 @@ def open_stream(
     if is_file_path(path) and is_saved(Path(path).expanduser()):
         saved = choose_split(load_saved(Path(path).expanduser(), label), split, path, key)
         return saved.to_iterable_dataset()
-    if is_file_path(path):
+    if is_file_path(path) or is_address(path):
         parts = files_of(path, label)
         return IterableDataset.from_generator(_file_rows, gen_kwargs={"parts": parts, "most": max_row_bytes})
     return load_hub(
@@ -183,12 +184,14 @@ def open_stream(
 
 def file_sizes(path: str, key: str) -> list[int]:
     """Returns the bytes of the files that a path names, in order; none where it names no files."""
-    if FUNCTION_PATH.fullmatch(path) or not is_file_path(path) or is_saved(Path(path).expanduser()):
+    is_local = is_file_path(path) and not is_saved(Path(path).expanduser())
+    if FUNCTION_PATH.fullmatch(path) or not (is_local or is_address(path)):
         return []
-    return [file.stat().st_size for file, _ in files_of(path, f"{key}={path}")]
+    files = [file for file, _ in files_of(path, f"{key}={path}")]
+    return [file.stat().st_size if isinstance(file, Path) else file.size for file in files]
 
 
-def _file_rows(parts: Sequence[tuple[Path, str]], most: int) -> Iterator[Row]:
+def _file_rows(parts: Sequence[tuple[RowFile, str]], most: int) -> Iterator[Row]:
     for path, label in parts:
         for chunk in read_chunks(path, label=label, most=most):
             yield from _rows_of(chunk, label, most)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from qlora.config.addresses import is_address
 from qlora.config.schema import FUNCTION_PATH
 from qlora.config.user_code import import_function
 from qlora.data.cache import Cache
@@ -81,7 +82,7 @@ def load_rows(
         loaded = _from_function(path, limit, cache, key, max_row_bytes)
     elif is_file_path(path) and is_saved(Path(path).expanduser()):
         loaded = _counted(choose_split(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
-    elif is_file_path(path):
+    elif is_file_path(path) or is_address(path):
         loaded = load_files(path, cache=cache, key=key, max_row_bytes=max_row_bytes)
     else:
         failure = f"{key}={path}: no such file, and not available"

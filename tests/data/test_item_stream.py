@@ -85,7 +85,7 @@ def test_a_stream_goes_on_bit_for_bit_after_a_restart(stream_of: Any, tmp_path: 
     if kind.endswith("packs"):
         values |= {"packing": True, "pack_length": 96}
     if kind == "function":
-        values = {"path": "tests.data.test_streaming:endless"}
+        values = {"path": "tests.data.test_item_stream:endless"}
     if kind == "parquet":
         import pyarrow.json
         import pyarrow.parquet

@@ -27,7 +27,7 @@ REFUSED = {
     "rows drawn from all": ([*LONG, "data.max_train_samples=9"], "take the first ones with data.max_samples"),
     "a share held out": ([*LONG, "data.eval_dataset_size=0.1"], "set a number of rows, the first ones of the stream"),
     "no length": ([*LONG, "data.max_length=null"], "data.streaming=true needs the longest length of a row beforehand"),
-    "no buffer": ([*LONG, "data.shuffle_buffer=0"], "data.shuffle_buffer must be positive (1: the order of the stream)"),
+    "no buffer": ([*LONG, "data.shuffle_buffer=0"], "data.shuffle_buffer must be positive (1: the order of the"),
     "stop of one": ([*LONG, "data.stop=all"], "data.stop=all says which of several sets ends a pass, and there is one"),
     "weight": ([*MIXED, "data.mix.a.weight=2"], "set data.mix.a.probability in its place"),
     "probability of one": ([*MIXED, "data.mix.a.probability=0.5"], "data.mix.b.probability is not set, and other sets"),
@@ -40,8 +40,8 @@ REFUSED = {
     "size": ([*MIXED, "data.mix.a.probability=0.5", "data.mix.b.probability=0.5", "data.mix.b.max_samples=9"],
              "data.mix.b.max_samples=9 and data.mix.a.probability both say how much of a set is shown"),
     "unread probability": ([*MIX, "data.mix.a.probability=0.5"],
-                           "data.mix.a.probability=0.5 is only read with data.streaming=true; to show rows of a set more "
-                           "or less often, set data.mix.a.weight"),
+                           "data.mix.a.probability=0.5 is only read with data.streaming=true; to show rows of a set "
+                           "more or less often, set data.mix.a.weight"),
     "unread stop": ([*MIX, "data.stop=first"], "data.stop=first is only read with data.streaming=true"),
     "unread buffer": (["data.shuffle_buffer=9"], "data.shuffle_buffer=9 is only read with data.streaming=true"),
 }  # fmt: skip
