@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.config.paths import cache_root
 from qlora.config.registries.objectives import RowKind
-from qlora.config.schema import DataConfig, MixConfig, Pairs, Stop
+from qlora.config.schema import DataConfig, MixConfig, Overlap, Pairs, Stop
 from qlora.config.schema.data import MOST_HELD_OUT
 from qlora.data.batching.item_stream import ItemStream
 from qlora.data.batching.packing import PackedRows, efficiency, lengths_of, pack
@@ -26,8 +27,10 @@ from qlora.data.data_set import Part, Questions, RowSet, class_names
 from qlora.data.formats.scores import NAME as SCORED
 from qlora.data.formats.whole_texts import sort_labels
 from qlora.data.lost_characters import LostCharacters
+from qlora.data.overlap import HeldOut
 from qlora.errors import ConfigError, DataError
 from qlora.text import listed
+from qlora.upstream.transformers import decode
 
 log = logging.getLogger(__name__)
 
@@ -185,13 +188,19 @@ def build_data(
         _check_numbers([rows for rows in (train, evaluated) if rows is not None])
     if kind is RowKind.texts:
         _check_partners([rows for rows in (train, evaluated) if rows is not None])
-    stream = None if length is None or train is None or not config.streaming else _stream(config, sets, length)
+    seen = _held_out(config, tokenizer, evaluated_sets, [rows for rows, _ in held_out])
+    stream = None
+    if length is not None and train is not None and config.streaming:
+        stream = _stream(config, sets, length, seen)
     packed, fraction = _pack(config, train, shares_prompts=shares_prompts)
     if stream is not None:
         packed = None  # these are packs of the first rows alone
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
     report = build_report(config, used, train, evaluated, counts, eval_counts, packed, fraction)
+    if seen is not None and origin is not None and train is not None and config.overlap is Overlap.near:
+        overlaps = seen.search(train, origin.name)
+        report = replace(report, near_rows=[str(overlap) for overlap in overlaps if not overlap.is_equal])
     log_losses(report, config)
     for part in dict.fromkeys([*sets, *evaluated_sets]):
         pairs = [*zip(sets, trained, strict=False), *zip(evaluated_sets, held_out, strict=False)]
@@ -205,7 +214,22 @@ def build_data(
     )
 
 
-def _stream(config: DataConfig, sets: Sequence[RowSet], length: StreamLength) -> ItemStream:
+def _held_out(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: Sequence[RowSet], parts: Sequence[Dataset]
+) -> HeldOut | None:
+    """Returns the held-out rows with their names, to compare rows to train on with; None: there are none."""
+    if not parts:
+        return None
+    rows = [(part.part.label, number) for part, rows in zip(sets, parts, strict=True)
+            for number in column(rows, "row").tolist()]  # fmt: skip
+    every, few = _concatenate(parts), _few(len(rows), config.max_eval_samples, config)
+    indices = range(len(rows)) if few is None else few.tolist()
+    names = [f"{label}, row {number + 1}" for label, number in (rows[index] for index in indices)]
+    text = partial(decode, tokenizer, skip_special_tokens=True) if config.overlap is Overlap.near else None
+    return HeldOut(every if few is None else every.select(few), names, text)
+
+
+def _stream(config: DataConfig, sets: Sequence[RowSet], length: StreamLength, seen: HeldOut | None) -> ItemStream:
     return ItemStream(
         [part.streamed(number) for number, part in enumerate(sets)],
         length=length.steps * length.items,
@@ -215,6 +239,7 @@ def _stream(config: DataConfig, sets: Sequence[RowSet], length: StreamLength) ->
         buffer=config.shuffle_buffer,
         width=config.pack_width,
         seed=length.seed,
+        held_out=seen,
     )
 
 

@@ -54,6 +54,7 @@ ADDED_KEYS: dict[str, Any] = {
     "quantization.experts": "same",
     "data.max_samples": None,
     "data.pairs": "best-worst",
+    "data.overlap": "exact",
     "data.streaming": False,
     "data.shuffle_buffer": 1000,
     "data.stop": None,

@@ -471,6 +471,9 @@ class Training:
 
         folder, session = self.folder, self.session
         more: dict[str, Any] = {"measured": describe_used(self.job)}
+        if session.config.task.train and (stream := session.data.stream) is not None:
+            overlaps = [overlap._asdict() for overlap in stream.overlaps]
+            more["stream"] = {"rows": stream.counts.rows, "passes": stream.passes, "overlaps": overlaps}
         if self._kept is not None:
             more["kept"] = self._kept.to_dict(metrics)
         result = build_result(self.job, metrics, measured, base, more=more)

@@ -32,6 +32,9 @@ Pairs = StrEnum("Pairs", "best-worst all")
 OnEmpty = StrEnum("OnEmpty", "drop train error")
 """What happens to an answer without text."""
 
+Overlap = StrEnum("Overlap", "exact near")
+"""Which rows to train on count as held-out ones."""
+
 Stop = StrEnum("Stop", "first all")
 """When a pass over streamed sets ends."""
 
@@ -155,6 +158,9 @@ class DataConfig:
     """Processes that tokenize; unset: as many as pay for the number of rows and cores."""
     max_row_bytes: str = "64MB"
     """A row with more bytes, in its file or once it is read, stops the run; a size such as `64MB` or `1.5GiB`."""
+    overlap: Overlap = Overlap.exact
+    """Which rows to train on are reported as held-out ones: those that are equal to one, token for token (`exact`), or
+    those that share 70 % of their words in threes with one, too (`near`), whatever all held-out rows share."""
     streaming: bool = False
     """Read rows as they are needed, instead of all of them before the run: for sets without end, or larger than the
     disk. The run needs `trainer.max_steps`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from qlora.data.batching.shared_prompts import join_sides
 from qlora.data.batching.stream_state import SourceState, StreamRow, StreamState, load_state, save_state
 from qlora.data.batching.token_store import Counts, Job, encode_rows, sum_up
 from qlora.data.ingest.row_stream import RowSource
+from qlora.data.overlap import HeldOut, Overlap, describe, keep_best
 from qlora.errors import DataError, RunError
+
+log = logging.getLogger(__name__)
 
 BLOCK = 64
 """Rows of a set that are read and tokenized together."""
@@ -28,6 +32,9 @@ STATES = 4
 """Steps whose states are kept: a loader reads a batch ahead."""
 
 
+Note = Callable[[StreamRow, int], None]
+
+
 class StreamedSet:
     """The rows of one set in tokens, as they are read."""
 
@@ -37,15 +44,20 @@ class StreamedSet:
         self.ahead: deque[StreamRow] = deque()
         self.is_over = False
 
-    def next(self, counts: Counter[str]) -> StreamRow | None:
-        """Returns the next row in which something is trained; None: the pass over the set has ended."""
+    def next(self, counts: Counter[str], note: Note) -> StreamRow | None:
+        """Returns the next row in which something is trained; None: the pass over the set has ended.
+
+        `note` is called with the digest of each row that is read.
+        """
         while not self.ahead:
             first, rows = self.source.take(BLOCK)
             if not rows:
                 return None
             batch, read = encode_rows(self.job, range(first, first + len(rows)), rows)
             counts.update(read)
-            self.ahead.extend(self._split(batch))
+            for row, digest in zip(self._split(batch), batch.column("digest").to_pylist(), strict=True):
+                note(row, digest)
+                self.ahead.append(row)
         return self.ahead.popleft()
 
     def restart(self) -> None:
@@ -85,8 +97,12 @@ class ItemStream:
         buffer: int,
         width: int | None,
         seed: int,
+        held_out: HeldOut | None = None,
     ) -> None:
-        """Takes the sets and how probable each is; `step` items are an optimizer step, `width` the tokens of a pack."""
+        """Takes the sets and how probable each is; `step` items are an optimizer step, `width` the tokens of a pack.
+
+        Rows are compared with those that are `held_out`.
+        """
         self.sets, self._length, self._step, self._stop = sets, length, step, stop
         self._edges, self._size, self.width = np.cumsum(probabilities), max(buffer, 1), width
         self._about: dict[str, Any] = {
@@ -101,6 +117,7 @@ class ItemStream:
         self.passes, self._in_pass, self._counts = 0, 0, Counter[str]()
         self.check: Callable[[StreamRow], None] | None = None
         """What is called for each row, and may refuse it."""
+        self._held_out, self._overlaps = held_out, dict[str, Overlap]()
         self._made: OrderedDict[int, tuple[StreamRow, ...]] = OrderedDict()
         self._next = 0
         self._states: OrderedDict[int, StreamState] = OrderedDict({0: self.state})
@@ -115,7 +132,12 @@ class ItemStream:
     def named_rows(self, index: int) -> list[tuple[str, dict[str, Any]]]:
         """Returns the rows of an item, each with its name, which says its set and which row of it it is."""
         rows = self._rows_of(index)
-        return [(f"{self.sets[row.source].source.label}, row {row.number + 1}", self._as_item((row,))) for row in rows]
+        return [(self._name(row), self._as_item((row,))) for row in rows]
+
+    @property
+    def overlaps(self) -> list[Overlap]:
+        """The held-out rows that are equal, or nearly, to a row that was read, each with the one most like it."""
+        return list(self._overlaps.values())
 
     @property
     def counts(self) -> Counts:
@@ -133,7 +155,19 @@ class ItemStream:
         )
         dropped = ", ".join(f"{count:,} {why}" for count, why in losses if count)
         over = f" in {passes + 1:,} passes" if passes else ""
-        return f"{counts.rows:,} rows read{over}" + (f", dropped: {dropped}" if dropped else "")
+        text = f"{counts.rows:,} rows read{over}" + (f", dropped: {dropped}" if dropped else "")
+        return f"{text}; {describe(self.overlaps)}" if self._overlaps else text
+
+    def _name(self, row: StreamRow) -> str:
+        return f"{self.sets[row.source].source.label}, row {row.number + 1}"
+
+    def _compare(self, row: StreamRow, digest: int) -> None:
+        """Notes that a row is equal, or nearly, to one that is held out, and warns of it once."""
+        if self._held_out is None:
+            return
+        overlap = self._held_out.compare(digest, row.ids.tolist(), lambda: self._name(row))
+        if overlap is not None and keep_best(self._overlaps, overlap):
+            log.warning("data.overlap: %s, so the model is measured on what it has seen", describe([overlap]))
 
     def save(self, folder: Path, index: int) -> None:
         """Writes where the stream is before the item `index`, with which a step begins."""
@@ -171,6 +205,7 @@ class ItemStream:
             passes=self.passes,
             in_pass=self._in_pass,
             counts=dict(self._counts),
+            overlaps=tuple(self._overlaps.values()),
         )
 
     def _go_to(self, state: StreamState) -> None:
@@ -180,6 +215,7 @@ class ItemStream:
         self._buffer, self._is_draining = list(state.buffer), state.is_draining
         self._open, self._packs = list(state.open_pack), deque(state.packs)
         self.passes, self._in_pass, self._counts = state.passes, state.in_pass, Counter(state.counts)
+        self._overlaps = {overlap.held_out: overlap for overlap in state.overlaps}
 
     def _rows_of(self, index: int) -> tuple[StreamRow, ...]:
         index = range(self._length)[index]
@@ -249,13 +285,13 @@ class ItemStream:
         """Returns the next row of a set that is drawn at random; None: the pass is over."""
         number = 0 if len(self.sets) == 1 else np.searchsorted(self._edges[:-1], self._random.random(), side="right")
         part = self.sets[int(number)]
-        row = part.next(self._counts)
+        row = part.next(self._counts, self._compare)
         if row is None:
             part.is_over = True
             if self._stop is Stop.first or all(other.is_over for other in self.sets):
                 return None
             part.restart()
-            row = part.next(self._counts)
+            row = part.next(self._counts, self._compare)
             if row is None:
                 raise DataError(f"{part.source.label}: a whole pass held no row with a token to train on")
         self._in_pass += 1

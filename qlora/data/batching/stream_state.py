@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora.data.ingest.row_stream import Position
+from qlora.data.overlap import Overlap
 from qlora.errors import DamagedFile, describe_fault
 
 STATE, TOKENS = "stream.json", "stream.npz"
@@ -59,6 +60,8 @@ class StreamState:
     """Rows that this pass has drawn."""
     counts: Mapping[str, int]
     """What became of the rows that were read."""
+    overlaps: tuple[Overlap, ...]
+    """The held-out rows that are equal, or nearly, to one that was read."""
 
 
 def save_state(state: StreamState, folder: Path, about: Mapping[str, Any]) -> None:
@@ -76,6 +79,7 @@ def save_state(state: StreamState, folder: Path, about: Mapping[str, Any]) -> No
         "passes": state.passes,
         "in_pass": state.in_pass,
         "counts": dict(state.counts),
+        "overlaps": state.overlaps,
         "groups": [len(group) for group in groups],
     }
     (folder / STATE).write_text(json.dumps(written) + "\n", encoding="utf-8")
@@ -103,7 +107,7 @@ def load_state(folder: Path) -> tuple[StreamState, dict[str, Any]]:
         buffer, open_pack, *packs = groups[count:]
         state = StreamState(
             sources, written["random"], buffer, written["is_draining"], open_pack, tuple(packs), written["passes"],
-            written["in_pass"], written["counts"],
+            written["in_pass"], written["counts"], tuple(Overlap(*overlap) for overlap in written["overlaps"]),
         )  # fmt: skip
         return state, written["about"]
     except (OSError, ValueError, KeyError, TypeError) as error:

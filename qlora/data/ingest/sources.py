@@ -159,9 +159,8 @@ def load_hub(
     read_cache_without_network()
     try:
         with no_progress_bars():
-            load: Any = partial(
-                datasets.load_dataset, path, subset, data_files=data_files, revision=revision, streaming=streaming
-            )
+            options: dict[str, Any] = {"streaming": True} if streaming else {}
+            load = partial(datasets.load_dataset, path, subset, data_files=data_files, revision=revision, **options)
             if isinstance(split, str):
                 return load(split=split)
             splits = load()
