@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from qlora.config.schema import DataConfig, Stop
@@ -73,8 +75,12 @@ def test_a_pass_shows_each_row_once_in_the_tokens_of_rows_read_whole(
             assert row["input_ids"].tolist() == expected[number]
 
 
-@pytest.mark.parametrize("kind", ["rows", "packs", "mix", "mix of all, in packs", "function", "parquet"])
-def test_a_stream_goes_on_bit_for_bit_after_a_restart(stream_of: Any, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["rows", "packs", "mix", "mix of all, in packs", "function", "parquet", "saved", "hub"]
+)
+def test_a_stream_resumes_bit_for_bit_after_a_restart(
+    stream_of: Any, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values: dict[str, Any] = {"path": str(write_rows(tmp_path / "a.jsonl", 70))}
     if kind.startswith("mix"):
         write_rows(tmp_path / "b.jsonl", 25, "other")
@@ -93,6 +99,18 @@ def test_a_stream_goes_on_bit_for_bit_after_a_restart(stream_of: Any, tmp_path: 
         table = pyarrow.json.read_json(values["path"])
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=16)
         values = {"path": str(tmp_path / "a.parquet")}
+    if kind in ("saved", "hub"):
+        rows = Dataset.from_list([json.loads(line) for line in Path(values["path"]).read_text().splitlines()])
+        rows.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+        values = {"path": str(tmp_path / "saved")}
+    if kind == "hub":
+
+        def load_dataset(path: str, subset: str | None, *, streaming: bool, **rest: Any) -> IterableDataset:
+            assert (path, streaming) == ("org/set", True)
+            return rows.to_iterable_dataset(num_shards=5)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        values = {"path": "org/set"}
     steps = 40
     whole = stream(stream_of(steps, **values))
     expected = [whole[index] for index in range(steps * STEP)]
@@ -189,6 +207,18 @@ def test_the_first_rows_of_each_set_of_a_mix_are_held_out_by_its_probability(str
     data = stream_of(10, mix=mix, eval_dataset_size=8)
     assert data.eval is not None
     assert column(data.eval, "row").tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+
+
+def test_another_split_is_measured_by_its_first_rows(
+    stream_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "qlora")
+    parts = {name: [{"input": f"{name} {index}", "output": "a"} for index in range(30)] for name in ("train", "test")}
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(str(tmp_path / "saved"))
+    data = stream_of(10, path=str(tmp_path / "saved"), eval_split="test", eval_dataset_size=None, max_eval_samples=6)
+    assert column(data.eval, "row").tolist() == list(range(6))
+    assert "of data.eval_split=test the first 6 rows at most are measured" in caplog.text
+    assert len(set(names(stream(data), 0, 30))) == 30  # nothing is held out of the rows to train on
 
 
 def test_max_samples_ends_a_pass(stream_of: Any, tmp_path: Path) -> None:
