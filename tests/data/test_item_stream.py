@@ -1,6 +1,7 @@
 """Rows that are read as they are needed: the same as those read whole, exact after a restart, and in flat memory."""
 
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -280,3 +281,18 @@ def test_too_few_rows_to_hold_out_are_refused(stream_of: Any, tmp_path: Path) ->
         UserError, match=r"its first 200 rows are held out, and it has 150, .* data.eval_dataset_size=15"
     ):
         stream_of(path=str(write_rows(tmp_path / "rows.jsonl", 150)), eval_dataset_size=None)
+
+
+def test_memory_does_not_grow_with_the_rows_that_were_read(stream_of: Any) -> None:
+    items = stream(stream_of(100_000, path="tests.data.test_item_stream:endless", packing=True, pack_length=256))
+    held = []
+    tracemalloc.start()
+    try:
+        for index in range(1200):
+            items[index]
+            if index in (399, 1199):
+                held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert items.counts.rows > 5000
+    assert held[1] - held[0] < 2**20
