@@ -91,8 +91,6 @@ class Data:
     """The classes of the rows to train on, in order, where rows are texts with one."""
     stream: ItemStream | None = None
     """What is trained on where rows are streamed."""
-    max_length: int = 0
-    """The most tokens that an item of what is trained on may have, a row or a pack."""
 
     @property
     def items(self) -> Dataset | PackedRows | ItemStream:
@@ -109,6 +107,11 @@ class Data:
         if self.packed is not None:
             return self.packed.lengths
         return lengths_of(self.train, shares_prompts=self.shares_prompts)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that an item of what is trained on has, a row or a pack; of a stream, may have."""
+        return self.stream.max_length if self.stream is not None else int(self.lengths.max(initial=0))
 
     @property
     def attended(self) -> float:
@@ -198,7 +201,8 @@ def build_data(
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
     report = build_report(config, used, train, evaluated, counts, eval_counts, packed, fraction)
-    if seen is not None and origin is not None and train is not None and config.overlap is Overlap.near:
+    is_near = config.overlap is Overlap.near and stream is None  # a stream compares its rows as they come
+    if is_near and seen is not None and origin is not None and train is not None:
         overlaps = seen.search(train, origin.name)
         report = replace(report, near_rows=[str(overlap) for overlap in overlaps if not overlap.is_equal])
     log_losses(report, config)
@@ -208,10 +212,7 @@ def build_data(
     template = next((part.template for part in used if part.template), used[0].chat_template)
     end_id = ChatWriter(tokenizer, template).end_id
     lost = next(filter(None, (part.find_lost() for part in sets)), None) if need_train else None
-    max_length = _max_length(config, train, packed, shares_prompts=shares_prompts)
-    return Data(
-        train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts, labels, stream, max_length
-    )
+    return Data(train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts, labels, stream)
 
 
 def _held_out(
@@ -239,16 +240,9 @@ def _stream(config: DataConfig, sets: Sequence[RowSet], length: StreamLength, se
         buffer=config.shuffle_buffer,
         width=config.pack_width,
         seed=length.seed,
+        max_length=config.pack_width or config.longest_row or 0,
         held_out=seen,
     )
-
-
-def _max_length(config: DataConfig, train: Dataset | None, packed: PackedRows | None, *, shares_prompts: bool) -> int:
-    if config.streaming:
-        return config.pack_width or config.longest_row or 0
-    if packed is not None:
-        return int(packed.lengths.max(initial=0))
-    return 0 if train is None else int(lengths_of(train, shares_prompts=shares_prompts).max(initial=0))
 
 
 def row_sets(

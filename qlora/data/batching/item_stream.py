@@ -97,12 +97,14 @@ class ItemStream:
         buffer: int,
         width: int | None,
         seed: int,
+        max_length: int = 0,
         held_out: HeldOut | None = None,
     ) -> None:
         """Takes the sets and how probable each is; `step` items are an optimizer step, `width` the tokens of a pack.
 
-        Rows are compared with those that are `held_out`.
+        No item has more than `max_length` tokens. Rows are compared with those that are `held_out`.
         """
+        self.max_length = max_length
         self.sets, self._length, self._step, self._stop = sets, length, step, stop
         self._edges, self._size, self.width = np.cumsum(probabilities), max(buffer, 1), width
         self._about: dict[str, Any] = {
