@@ -51,7 +51,7 @@ from qlora.data.chat.templates import choose_saved_template
 from qlora.data.data_set import Questions
 from qlora.data.ingest.row_files import read_rows
 from qlora.data.ingest.sources import load_hub
-from qlora.data.pipeline import Data, build_data
+from qlora.data.pipeline import Data, StreamLength, build_data
 from qlora.data.used_tokens import first_used
 from qlora.errors import ConfigError, DataError, Pruned, Stopped
 from qlora.evaluation.answer_measures import AnswerMeasurer
@@ -245,10 +245,20 @@ class Session:
                 questions=self._questions if self.needs.questions else None,
                 kind=self.row_kind,
                 shares_prompts=self._shares_prompts,
+                length=self._stream_length,
             )
         distributed.check_same("tokens", data.report.fingerprint)
         self._check_columns(data.train)
         return data
+
+    @property
+    def _stream_length(self) -> StreamLength | None:
+        """How much the training run takes of streamed rows; None: they are read whole, or not trained on."""
+        config = self.config
+        if not (config.data.streaming and config.task.name.trains and config.task.train):
+            return None
+        assert config.trainer.max_steps is not None, "Config checks it"
+        return StreamLength(config.trainer.max_steps, self.rows_a_step, config.seed)
 
     @property
     def _shares_prompts(self) -> bool:
@@ -444,8 +454,10 @@ class Session:
         """How long the training run is."""
         data, processes = self.data, distributed.world_size()
         assert data.train is not None
-        unit = "packs" if data.packed else "rows"
-        length = training_length(self.config.trainer, len(data.packed or data.train), unit=unit, processes=processes)
+        is_stream = self.config.data.streaming
+        unit = "packs" if self.config.data.packing else "rows"
+        units = len(data.packed or data.train)
+        length = training_length(self.config.trainer, units, unit=unit, processes=processes, is_stream=is_stream)
         return length if self.measures_rows else replace(length, eval_steps=None)
 
     @cached_property
@@ -514,6 +526,8 @@ class Session:
         for part in (self.data.train, self.data.eval) if self.reads_rows else ():
             if part is not None and (used := first_used(part, beyond)) is not None:
                 raise refuse_token(self.tokenizer, model, count, beyond[used], tokens)
+        if self.reads_rows and self.data.stream is not None:
+            self.data.stream.check = partial(self._refuse_row, beyond, tokens)
         log.warning(
             "the tokenizer has %s tokens and the base embeddings for %s: a text with %s cannot be read (no row here "
             "has it); model.new_tokens gives a token an embedding",
@@ -560,11 +574,16 @@ class Session:
         )
         return waiting_for_run(self.config, run)
 
+    def _refuse_row(self, beyond: dict[int, str], tokens: list[str], row: Any) -> None:
+        """Refuses a streamed row with a token that the base has no embedding for."""
+        if (used := next((int(token) for token in row.ids if int(token) in beyond), None)) is not None:
+            raise refuse_token(self.tokenizer, self.config.model, self._embedding_rows, beyond[used], tokens)
+
     def _longest_row(self) -> int | None:
         """Returns the tokens of the longest row or pack to train on; None: nothing is trained."""
         if self.needs.rows is not Rows.all or not self.config.task.train:
             return None
-        return int(self.data.lengths.max())
+        return self.data.max_length
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context in which the base is loaded, so that experts that wait never fill the GPU."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from qlora.config.addresses import SCHEMES
 from qlora.config.optimizers import SCHEDULES
 from qlora.config.registries.chat_templates import TEMPLATES
 from qlora.config.registries.data_formats import FORMAT_NAMES
@@ -30,6 +31,11 @@ def table() -> str:
         ("optimizers", "`trainer.optim=`", names(OPTIMIZERS)),
         ("learning rates", "`trainer.lr_scheduler_type=`", names(SCHEDULES)),
         ("rows", "`data.format=`", names(FORMAT_NAMES)),
+        (
+            "rows from",
+            "`data.path=`",
+            f"files, the hub, functions, {names(f'{scheme}://' for scheme in SCHEMES)}; whole or as a stream",
+        ),
         ("chat templates", "`data.template=`", names(TEMPLATES)),
         ("measured", "`evaluation=`", names(options("evaluation"))),
         ("exported", "`export=`", names(options("export"))),

@@ -36,7 +36,7 @@ LATEST = 64
 
 MISSING_VALUE = "???"
 
-DECIDE_MORE = ("adapter", "model.name", "trainer.max_steps", "trainer.num_train_epochs")
+DECIDE_MORE = ("adapter", "data.streaming", "model.name", "trainer.max_steps", "trainer.num_train_epochs")
 """Plain fields whose value decides those of others: the config is composed for each."""
 
 

@@ -14,6 +14,9 @@ from qlora.upstream.omegaconf import is_filled, raw_node, raw_value, set_value
 LENGTHS = ("max_steps", "num_train_epochs")
 """The fields of `trainer` that say how long to train, of which one is set."""
 
+OF_STREAMS = ("group_by_length", "eval_steps", "save_steps")
+"""The fields of `trainer` whose defaults are others where rows are streamed."""
+
 
 DECIDING = ("data", "head", "model")
 """The groups whose options decide those of others."""
@@ -25,6 +28,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("qlora.by_head", _by_head, replace=True)
     OmegaConf.register_new_resolver("qlora.recipe", _recipe, replace=True)
     OmegaConf.register_new_resolver("qlora.default", _default, replace=True)
+    OmegaConf.register_new_resolver("qlora.streamed", _streamed, replace=True)
 
 
 @functools.cache
@@ -45,10 +49,11 @@ def default_options_beside(choices: Mapping[str, Any]) -> dict[str, str]:
 
 
 def settle(composed: DictConfig) -> None:
-    """Writes the default length of a training run into a composed config, in place of what computes it."""
+    """Writes the defaults of `trainer` that others decide into a composed config, in place of what computes them."""
     if not (OmegaConf.is_dict(raw_node(composed, "trainer")) and is_filled(composed.trainer)):
         return
-    values = {name: composed.trainer[name] for name in LENGTHS if _is_default(raw_node(composed.trainer, name))}
+    names = [*LENGTHS, *OF_STREAMS]
+    values = {name: composed.trainer[name] for name in names if _is_default(raw_node(composed.trainer, name))}
     for name, value in values.items():
         set_value(composed.trainer, name, value)
 
@@ -77,6 +82,11 @@ def _default(value: Any, other: str, *, _parent_: DictConfig) -> Any:
     return value if raw_value(node) in (None, "???") else None
 
 
+def _streamed(value: Any, other: Any, *, _root_: DictConfig) -> Any:
+    """Returns the first value where rows are streamed, else the second."""
+    return value if OmegaConf.select(_root_, "data.streaming", default=False) else other
+
+
 def _is_default(node: Any) -> bool:
     text = raw_value(node)
-    return isinstance(text, str) and text.startswith("${qlora.default:")
+    return isinstance(text, str) and text.startswith(("${qlora.default:", "${qlora.streamed:"))

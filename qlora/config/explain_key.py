@@ -93,9 +93,9 @@ def _set_by(key: str, group: str, option: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Returns the number of `${qlora.default:NUMBER,KEY}`."""
-    match = re.fullmatch(r"\$\{qlora\.default:(.+),\w+\}", text)
-    return match[1] if match else text
+    """Returns the number of `${qlora.default:NUMBER,KEY}`, or that of most rows of `${qlora.streamed:VALUE,OTHER}`."""
+    match = re.fullmatch(r"\$\{qlora\.default:(.+),\w+\}|\$\{qlora\.streamed:[^,]+,(.+)\}", text)
+    return (match[1] or match[2]) if match else text
 
 
 def _schema_default(key: str) -> str:

@@ -18,6 +18,9 @@ from qlora.secrets import find_secret, hide, is_secret_variable
 STORAGE = "hydra.sweeper.storage"
 """The only key that may refer to a secret, by its variable; only the code that opens the study resolves it."""
 
+DATA_PATH = re.compile(r"data\.(?:path|eval_path|mix\.[^.]+(?:\.path)?)|data")
+"""The keys that may be an address of rows, which a variable may hold in their place."""
+
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^\s,:{}]+)")
 
 
@@ -34,6 +37,11 @@ def _holds_secret(key: str, kind: str) -> ConfigError:
         return ConfigError(
             f"{name} holds {kind}, which would stand in the command and in the folders of all jobs; put the whole URL "
             f"into a variable of the environment and give its name: '{STORAGE}=${{oc.env:NAME}}'"
+        )
+    if DATA_PATH.fullmatch(name):
+        return ConfigError(
+            f"{name} holds {kind}; configs are stored, printed and sent to trackers. Put the whole address into a "
+            f"variable of the environment and name it: {name}=env://NAME"
         )
     return ConfigError(
         f"{name} holds {kind}; configs are stored, printed and sent to trackers. Put it into the environment, where "

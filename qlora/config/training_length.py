@@ -38,6 +38,8 @@ class TrainingLength:
     """Steps between two measurements of the held-out rows; None: at the end only."""
     save_steps: int | None
     """Steps between two checkpoints; None: none before the end."""
+    is_stream: bool = False
+    """Whether the rows are streamed: no pass has a known length, and `units` are those of the whole run."""
 
     @property
     def epochs(self) -> float:
@@ -45,6 +47,8 @@ class TrainingLength:
         return self.steps / self.epoch_steps
 
     def __str__(self) -> str:
+        if self.is_stream:
+            return f"{self.units:,} {self.unit} of a stream = {self.steps:,} step{'' if self.steps == 1 else 's'}"
         epochs = f"{_amount(self.epochs)} epoch{'' if self.steps == self.epoch_steps else 's'}"
         once, all_steps = (f"{count:,} step{'' if count == 1 else 's'}" for count in (self.epoch_steps, self.steps))
         return f"{self.units:,} {self.unit}, {once} an epoch, {epochs} = {all_steps}"
@@ -90,8 +94,15 @@ class TokenCount:
     """How many of `tokens` there are for each that is computed: more than 1 where answers of pairs share prompts."""
 
 
-def training_length(trainer: TrainerConfig, units: int, *, unit: str = "rows", processes: int = 1) -> TrainingLength:
-    """Returns the length of a training run on `units` rows or packs, counted as transformers' trainer does."""
+def training_length(
+    trainer: TrainerConfig, units: int, *, unit: str = "rows", processes: int = 1, is_stream: bool = False
+) -> TrainingLength:
+    """Returns the length of a training run on `units` rows or packs, counted as transformers' trainer does.
+
+    Of a stream `units` does not count.
+    """
+    if is_stream:
+        units = stream_units(trainer, processes)
     batches = -(-units // (trainer.per_device_train_batch_size * processes))
     epoch_steps = max(-(-batches // trainer.gradient_accumulation_steps), 1)
     steps = trainer.max_steps
@@ -99,7 +110,13 @@ def training_length(trainer: TrainerConfig, units: int, *, unit: str = "rows", p
         assert trainer.num_train_epochs is not None, "TrainerConfig checks it"
         steps = math.ceil(trainer.num_train_epochs * epoch_steps)
     every = (_steps(trainer.eval_steps, epoch_steps), _steps(trainer.save_steps, epoch_steps))
-    return TrainingLength(units, unit, epoch_steps, steps, *every)
+    return TrainingLength(units, unit, epoch_steps, steps, *every, is_stream)
+
+
+def stream_units(trainer: TrainerConfig, processes: int = 1) -> int:
+    """Returns the rows or packs that a training run takes of a stream."""
+    assert trainer.max_steps is not None, "Config checks it"
+    return trainer.max_steps * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * processes
 
 
 def _steps(interval: int | str | None, epoch_steps: int) -> int | None:

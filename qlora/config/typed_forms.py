@@ -165,9 +165,9 @@ def _preset(name: str) -> str:
 
 
 def _names_source(group: str, text: str) -> bool:
-    """Returns whether a text is a path, a hub id or a function, and not a misspelled option."""
+    """Returns whether a text is a path, an address, a hub id or a function, and not a misspelled option."""
     if "://" in text:
-        return False
+        return group == "data"
     if text.startswith((".", "~", "/")) or HUB_ID.fullmatch(text) or "/" in text or Path(text).is_dir():
         return True
     return group == "data" and (is_row_file(text) or bool(FUNCTION_PATH.fullmatch(text)) or Path(text).is_file())

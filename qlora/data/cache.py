@@ -68,6 +68,13 @@ class Cache:
         atexit.register(_remove_own, folder, os.getpid())
 
     @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Gives a folder that is removed at the end of the block."""
+        with _exit_on_sigterm(), self._unfinished() as folder:
+            yield folder
+            _remove_own(folder, os.getpid())
+
+    @contextmanager
     def _unfinished(self) -> Iterator[Path]:
         owner, folder = os.getpid(), None
         prefix = "~".join([UNFINISHED, socket.gethostname(), str(owner), ""])

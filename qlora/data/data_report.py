@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ from qlora.data.data_set import RowSet
 from qlora.text import listed, plural
 
 log = logging.getLogger(__name__)
+
+MOST_NAMED = 5
+"""Held-out rows that a warning names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,11 @@ class DataReport:
     """For each set the commit of the hub's repository that it comes from; None: it is from elsewhere."""
     fingerprint: str
     """16 hex digits of the SHA-256 of all tokens and labels in order; equal on every machine."""
+    near_rows: list[str] = field(default_factory=list)
+    """Held-out rows that are nearly equal to a row that is trained on, each with that one and how near it is, where
+    `data.overlap=near` looks for them."""
+    streamed: bool = False
+    """Whether rows are streamed; the numbers of rows to train on are then those of the first of them."""
 
     @property
     def lost_rows(self) -> int:
@@ -155,6 +163,7 @@ def build_report(
         packed_share=packed_share,
         commits=[part.commit for part in sets],
         fingerprint=fingerprint.hexdigest()[:16],
+        streamed=config.streaming,
     )
 
 
@@ -186,7 +195,8 @@ def log_losses(report: DataReport, config: DataConfig) -> None:
         (report.equal_rows, "pairs dropped, both sides are equal"),
         (report.unordered_rows, "pairs dropped, their scores do not put the chosen side first"),
     )
-    _log_counts(losses, f"{report.name}: of {report.train_rows + report.lost_rows:,} rows")
+    first = "the first " if report.streamed else ""
+    _log_counts(losses, f"{report.name}: of {first}{report.train_rows + report.lost_rows:,} rows")
     held_out = (
         (report.eval_dropped_rows, "dropped, nothing in them is trained"),
         (report.eval_too_long_rows, "dropped as too long (data.on_too_long=drop)"),
@@ -225,12 +235,19 @@ def data_warnings(report: DataReport, config: DataConfig) -> list[str]:
     are = "is" if empty == 1 else "are"
     fate = f"{are} trained, an end token alone" if trained else f"{are} not trained"
     shared = report.held_out_in_training
+    near, more = len(report.near_rows), f"; and {len(report.near_rows) - MOST_NAMED:,} more in manifest.json"
+    named = "; ".join(report.near_rows[:MOST_NAMED]) + (more if near > MOST_NAMED else "")
     warnings = (
         (empty, f"{plural(empty, 'answer')} {are} empty and {fate} (data.on_empty={config.on_empty.value})"),
         (
             report.held_out_in_training,
             f"{shared:,} of {plural(report.eval_rows, 'held-out row')} {'is' if shared == 1 else 'are'} also trained "
             "on, word for word, so the model is measured on what it has seen",
+        ),
+        (
+            near,
+            f"{near:,} of {plural(report.eval_rows, 'held-out row')} {'is' if near == 1 else 'are'} nearly equal to a "
+            f"row that is trained on: {named}",
         ),
     )
     return [text for count, text in warnings if count]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora.config.registries.objectives import WHOLE_TEXTS, RowKind
 from qlora.config.schema import DataConfig, MixConfig, OnEmpty
 from qlora.config.schema.data import MOST_HELD_OUT
+from qlora.data.batching.item_stream import StreamedSet
 from qlora.data.batching.row_encoder import build_encoder
 from qlora.data.batching.token_store import Counts, Job, encode, load_encoded
 from qlora.data.cache import Cache
@@ -32,6 +33,7 @@ from qlora.data.formats.prompts import ALPACA, Example, find_prompt, sides
 from qlora.data.formats.questions import NAME as QUESTIONS
 from qlora.data.formats.questions import choose_questions, is_whole_text
 from qlora.data.formats.recognise import ANSWERS, Choice, choose_format
+from qlora.data.ingest.row_stream import RowSource, file_sizes, open_stream
 from qlora.data.ingest.sources import HELD_OUT_SPLITS, hub_commit, load_rows
 from qlora.data.lost_characters import LostCharacters, find_lost
 from qlora.errors import ConfigError, DataError, UserError, did_you_mean
@@ -42,6 +44,8 @@ SAMPLE = 20
 """Rows that are looked at to recognise a format."""
 READ_BACK = 200
 """Rows that are compared with what their tokens decode to."""
+STREAM_SAMPLE = 500
+"""Rows of a stream behind those that are held out, by which it is described before the run."""
 LABEL_ROWS = 10_000
 """Rows whose labels are in memory at a time."""
 
@@ -97,11 +101,47 @@ class RowSet:
         """What a row is to the training objective."""
         self.total_rows: int | None = None
         """The rows of all sets of a mix together; None: this is the only set."""
+        self.fraction = 1.0
+        """How probable it is that a streamed row is one of this set."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the rows are read as they are needed."""
+        return self.config.streaming and self.part.path_name != "eval_path"
+
+    @cached_property
+    def source(self) -> RowSource:
+        """The rows to train on, where they are streamed."""
+        held_out = self.config.held_out_of_stream(self.fraction)
+        return self._open(self.part.fields.split, skip=held_out, limit=self.part.fields.max_samples)
+
+    def _open(self, split: str, *, skip: int = 0, limit: int | None = None) -> RowSource:
+        fields, key = self.part.fields, self.part.path_key
+        return RowSource(
+            partial(
+                open_stream,
+                fields.path,
+                subset=fields.subset,
+                split=split,
+                revision=fields.revision,
+                data_files=fields.data_files,
+                max_row_bytes=parse_size(self.config.max_row_bytes) or 0,
+                key=key,
+            ),
+            self.part.label,
+            columns=fields.columns,
+            columns_key=f"{self.part.key}.columns",
+            skip=skip,
+            limit=limit,
+            sizes=file_sizes(fields.path, key),
+        )
 
     @cached_property
     def rows(self) -> Dataset:
-        """All rows of the split to train on; of held-out rows of their own, all."""
+        """All rows of the split to train on, of a stream the first ones; of held-out rows of their own, all."""
         config = self.config
+        if self.is_streamed:
+            return self.source.head(self.source.skip + STREAM_SAMPLE, self.cache)
         if self.part.path_name == "eval_path":
             return self._load(HELD_OUT_SPLITS, config.max_eval_samples)
         if (most := self.part.fields.max_samples) is not None:
@@ -197,6 +237,8 @@ class RowSet:
     def split(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Returns the indices to train and to measure on, each in order; None: all rows, or none."""
         config, count = self.config, len(self.rows)
+        if self.is_streamed:
+            return self._split_stream(count)
         order = np.random.RandomState(config.split_seed).permutation(count)
         if not config.splits_off:
             few = config.max_train_samples is not None and not config.mix
@@ -207,6 +249,17 @@ class RowSet:
             training = training[: config.max_train_samples]
             held_out = held_out[: config.max_eval_samples]
         return np.sort(training), np.sort(held_out)
+
+    def _split_stream(self, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns the same of the first `count` rows of a stream, whose first ones are held out."""
+        size, order = self.source.skip, np.arange(count)
+        if size >= count:
+            raise ConfigError(
+                f"{self.part.label}: its first {size:,} rows are held out, and it has {count:,}, which leaves none to "
+                f"train on; set data.eval_dataset_size={max(count // 10, 1)}, or hold rows of your own out with "
+                "data.eval_path=FILE"
+            )
+        return order[size:], order[:size][: self.config.max_eval_samples] if self.config.splits_off else None
 
     @property
     def split_off(self) -> int:
@@ -263,7 +316,12 @@ class RowSet:
         if self.config.eval_split is None:
             rows, choice, template = self.rows, self.choice, self.template
         else:
-            rows = self._load(self.config.eval_split, limit)
+            split = self.config.eval_split
+            rows = (
+                self._open(split).head(limit or MOST_HELD_OUT, self.cache)
+                if self.is_streamed
+                else self._load(split, limit)
+            )
             choice = self._choose(rows)
             template = self._template_for(rows, choice)
         if limit is not None and limit < len(rows):
@@ -279,10 +337,7 @@ class RowSet:
         *,
         for_eval: bool,
     ) -> tuple[Dataset, Counts]:
-        label = self.part.label
-        tokenizer = build_encoder(self.config, self.tokenizer, template)
-        asks = self._asks(choice)
-        job = Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, label, asks, self.kind)
+        label, job = self.part.label, self._job(rows, order, choice, template, for_eval=for_eval)
         key = self._key(job, choice)
 
         def tokenize(folder: Path) -> None:
@@ -302,6 +357,23 @@ class RowSet:
             raise DataError(f"{label}: none of the {counts.rows} {lacking}: {self._losses(counts)}{way_out}")
         self._check_columns(counts, choice)
         return encoded, counts
+
+    def _job(
+        self,
+        rows: Dataset,
+        order: np.ndarray | None,
+        choice: Choice,
+        template: Template | None,
+        *,
+        for_eval: bool,
+    ) -> Job:
+        tokenizer = build_encoder(self.config, self.tokenizer, template)
+        label, asks = self.part.label, self._asks(choice)
+        return Job(rows, order, choice.format, tokenizer, self.config.on_empty, for_eval, label, asks, self.kind)
+
+    def streamed(self, number: int) -> StreamedSet:
+        """Returns the rows to train on as they are read, of the set with this number."""
+        return StreamedSet(number, self.source, self._job(self.rows, None, self.choice, self.template, for_eval=False))
 
     def _asks(self, choice: Choice) -> bool:
         """Returns whether rows of a format may hold no answer; an empty one may be meant as one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.config.paths import cache_root
 from qlora.config.registries.objectives import RowKind
-from qlora.config.schema import DataConfig, MixConfig, Pairs
+from qlora.config.schema import DataConfig, MixConfig, Overlap, Pairs, Stop
+from qlora.config.schema.data import MOST_HELD_OUT
+from qlora.data.batching.item_stream import ItemStream
 from qlora.data.batching.packing import PackedRows, efficiency, lengths_of, pack
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
@@ -24,8 +27,10 @@ from qlora.data.data_set import Part, Questions, RowSet, class_names
 from qlora.data.formats.scores import NAME as SCORED
 from qlora.data.formats.whole_texts import sort_labels
 from qlora.data.lost_characters import LostCharacters
+from qlora.data.overlap import HeldOut
 from qlora.errors import ConfigError, DataError
 from qlora.text import listed
+from qlora.upstream.transformers import decode
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +56,22 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamLength:
+    """How much of a stream a training run takes."""
+
+    steps: int
+    items: int
+    """Rows or packs an optimizer step."""
+    seed: int
+    """Of what is drawn."""
+
+
+@dataclass(frozen=True, slots=True)
 class Data:
     """Rows in tokens: input_ids, labels, length and more; for `eval` also prompt_ids, prompt, reference, maybe task."""
 
     train: Dataset | None
+    """Of a stream, some of its first rows."""
     eval: Dataset | None
     report: DataReport
     template: Template
@@ -72,11 +89,15 @@ class Data:
     """Whether the answers of a pair share their prompt, whose tokens then count once in lengths and packs."""
     labels: tuple[str, ...] = ()
     """The classes of the rows to train on, in order, where rows are texts with one."""
+    stream: ItemStream | None = None
+    """What is trained on where rows are streamed."""
 
     @property
-    def items(self) -> Dataset | PackedRows:
+    def items(self) -> Dataset | PackedRows | ItemStream:
         """What is trained on: the rows, or their packs."""
         assert self.train is not None
+        if self.stream is not None:
+            return self.stream
         return self.packed if self.packed is not None else self.train
 
     @property
@@ -86,6 +107,11 @@ class Data:
         if self.packed is not None:
             return self.packed.lengths
         return lengths_of(self.train, shares_prompts=self.shares_prompts)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that an item of what is trained on has, a row or a pack; of a stream, may have."""
+        return self.stream.max_length if self.stream is not None else int(self.lengths.max(initial=0))
 
     @property
     def attended(self) -> float:
@@ -99,13 +125,15 @@ class Data:
     @property
     def most_targets(self) -> int | None:
         """The most tokens that the loss counts in an item of what is trained on: in a row, or in a pack."""
-        if self.train is None:
+        if self.train is None or self.stream is not None:
             return None
         targets = column(self.train, "trained")
         return int((targets if self.packed is None else self.packed.sums(targets)).max(initial=0))
 
     def named_rows(self, index: int) -> list[tuple[str, dict[str, Any]]]:
         """Returns the rows of what is trained on as number `index`, each with its name: one, or those of a pack."""
+        if self.stream is not None:
+            return self.stream.named_rows(index)
         assert self.train is not None
         assert self.origin is not None
         if self.packed is None:
@@ -128,8 +156,11 @@ def build_data(
     questions: Questions | None = None,
     kind: RowKind = RowKind.tokens,
     shares_prompts: bool = False,
+    length: StreamLength | None = None,
 ) -> Data:
     """Loads, splits and tokenizes the rows that are needed; with `questions`, rows of `eval_path` need no answer.
+
+    Of rows that are streamed those to measure on and some others are read; with `length` the rest is there to train on.
 
     `kind` is what the training objective takes rows for; `qlora.data.formats.preferences` lists the columns of each.
     Where the answers of pairs share their prompt, its tokens count once in packs and lengths.
@@ -160,10 +191,20 @@ def build_data(
         _check_numbers([rows for rows in (train, evaluated) if rows is not None])
     if kind is RowKind.texts:
         _check_partners([rows for rows in (train, evaluated) if rows is not None])
+    seen = _held_out(config, tokenizer, evaluated_sets, [rows for rows, _ in held_out])
+    stream = None
+    if length is not None and train is not None and config.streaming:
+        stream = _stream(config, sets, length, seen)
     packed, fraction = _pack(config, train, shares_prompts=shares_prompts)
+    if stream is not None:
+        packed = None  # these are packs of the first rows alone
     used = sets if need_train or config.splits_off else evaluated_sets
     counts, eval_counts = ([counts for _, counts in encoded] for encoded in (trained, held_out))
     report = build_report(config, used, train, evaluated, counts, eval_counts, packed, fraction)
+    is_near = config.overlap is Overlap.near and stream is None  # a stream compares its rows as they come
+    if is_near and seen is not None and origin is not None and train is not None:
+        overlaps = seen.search(train, origin.name)
+        report = replace(report, near_rows=[str(overlap) for overlap in overlaps if not overlap.is_equal])
     log_losses(report, config)
     for part in dict.fromkeys([*sets, *evaluated_sets]):
         pairs = [*zip(sets, trained, strict=False), *zip(evaluated_sets, held_out, strict=False)]
@@ -171,7 +212,37 @@ def build_data(
     template = next((part.template for part in used if part.template), used[0].chat_template)
     end_id = ChatWriter(tokenizer, template).end_id
     lost = next(filter(None, (part.find_lost() for part in sets)), None) if need_train else None
-    return Data(train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts, labels)
+    return Data(train, evaluated, report, template, end_id, packed, origin, lost, shares_prompts, labels, stream)
+
+
+def _held_out(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: Sequence[RowSet], parts: Sequence[Dataset]
+) -> HeldOut | None:
+    """Returns the held-out rows with their names, to compare rows to train on with; None: there are none."""
+    if not parts:
+        return None
+    rows = [(part.part.label, number) for part, rows in zip(sets, parts, strict=True)
+            for number in column(rows, "row").tolist()]  # fmt: skip
+    every, few = _concatenate(parts), _few(len(rows), config.max_eval_samples, config)
+    indices = range(len(rows)) if few is None else few.tolist()
+    names = [f"{label}, row {number + 1}" for label, number in (rows[index] for index in indices)]
+    text = partial(decode, tokenizer, skip_special_tokens=True) if config.overlap is Overlap.near else None
+    return HeldOut(every if few is None else every.select(few), names, text)
+
+
+def _stream(config: DataConfig, sets: Sequence[RowSet], length: StreamLength, seen: HeldOut | None) -> ItemStream:
+    return ItemStream(
+        [part.streamed(number) for number, part in enumerate(sets)],
+        length=length.steps * length.items,
+        step=length.items,
+        probabilities=config.probabilities,
+        stop=config.stop or Stop.first,
+        buffer=config.shuffle_buffer,
+        width=config.pack_width,
+        seed=length.seed,
+        max_length=config.pack_width or config.longest_row or 0,
+        held_out=seen,
+    )
 
 
 def row_sets(
@@ -179,7 +250,9 @@ def row_sets(
 ) -> list[RowSet]:
     """Returns the sets to train on, each with its rows, its format and its split."""
     sets = [RowSet(config, part, tokenizer, cache, kind=kind) for part in _parts(config)]
-    if config.splits_off:
+    for part, fraction in zip(sets, config.probabilities, strict=True):
+        part.fraction = fraction
+    if config.splits_off and not config.streaming:
         total = sum(len(part.rows) for part in sets)
         for part in sets:
             part.total_rows = total
@@ -262,6 +335,9 @@ def _check_numbers(parts: Sequence[Dataset]) -> None:
 
 def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:
     """Says how many rows are held out where no number of them was asked for."""
+    if config.streaming and (config.splits_off or config.eval_split is not None) and config.eval_dataset_size != 0:
+        _log_first_rows(config, sets)
+        return
     if not config.splits_off or config.eval_dataset_size:
         return
     total, count = sum(len(part.rows) for part in sets), sum(part.split_off for part in sets)
@@ -272,6 +348,16 @@ def _log_split(config: DataConfig, sets: Sequence[RowSet]) -> None:
     else:
         why = f"{count / total:.0%}; data.eval_dataset_size=NUMBER changes it, and 0 holds out none"
     log.info("%s: %s of %s rows are held out (%s)", config.name, f"{count:,}" if count else "none", f"{total:,}", why)
+
+
+def _log_first_rows(config: DataConfig, sets: Sequence[RowSet]) -> None:
+    """Says which rows of a stream are held out."""
+    if config.eval_split is not None:
+        log.info("%s: of data.eval_split=%s the first %s rows at most are measured (data.max_eval_samples)",
+                 config.name, config.eval_split, f"{config.max_eval_samples or MOST_HELD_OUT:,}")  # fmt: skip
+        return
+    counts = ", ".join(f"{part.source.skip:,} of {part.part.label}" for part in sets)
+    log.info("%s: held out are the first rows of the stream: %s (data.eval_dataset_size)", config.name, counts)
 
 
 def _parts(config: DataConfig) -> list[Part]:

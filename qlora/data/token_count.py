@@ -58,18 +58,21 @@ def count_tokens(
     grouped: bool = False,
     kind: RowKind = RowKind.tokens,
     shares_prompts: bool = False,
+    units: int = 0,
 ) -> TokenCount:
     """Counts the tokens of the rows to train on, of `SAMPLE` of them where there are more.
 
     `batch` is the number of rows that are padded to the same length, of similar ones where they are `grouped`. A prompt
-    that the answers of a pair share takes its room once. Raises a `UserError` as training would, for rows that it could
-    not read.
+    that the answers of a pair share takes its room once. Of a stream a run takes `units` rows or packs. Raises a
+    `UserError` as training would, for rows that it could not read.
     """
 
     def count(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         return lengths_of(rows, shares_prompts=shares_prompts).astype(int), column(rows, "trained")
 
     counts = _counts(config, tokenizer, count, kind, shares_prompts)
+    if config.streaming:
+        return _of_stream(config, counts, batch, units)
     counted = sum(len(count.lengths) for count in counts)
     estimate = f"by {counted:,} rows that were counted" if any(count.is_sample for count in counts) else ""
     return _total(config, counts, batch, grouped, estimate)
@@ -151,6 +154,23 @@ def _total(config: DataConfig, counts: list[Count], batch: int, grouped: bool, e
     most = None if targets is None else int(targets.max())
     padded = padded_length(lengths, batch, grouped=grouped)
     return TokenCount(rows, "rows", round(tokens), padded, estimate, trained, most, attended)
+
+
+def _of_stream(config: DataConfig, counts: list[Count], batch: int, units: int) -> TokenCount:
+    """Returns what a run on `units` rows or packs of a stream reads, by the first rows of each set."""
+    shares = np.array(config.probabilities)
+    mean = float(shares @ [count.lengths.mean() for count in counts])
+    targets = float(shares @ [count.targets.mean() for count in counts if count.targets is not None])
+    counted = sum(len(count.lengths) for count in counts)
+    estimate = f"by the first {counted:,} rows of the stream"
+    width = config.pack_width
+    if width is not None:
+        lengths = np.concatenate([count.lengths for count in counts])
+        tokens = units * width * efficiency(pack(lengths, width), lengths, width)
+        return TokenCount(units, "packs", round(tokens), float(width), estimate, round(tokens * targets / mean))
+    lengths = np.concatenate([count.lengths for count in counts])
+    padded = padded_length(lengths, batch, grouped=False)
+    return TokenCount(units, "rows", round(units * mean), padded, estimate, round(units * targets))
 
 
 def padded_length(lengths: np.ndarray, batch: int, *, grouped: bool) -> float:

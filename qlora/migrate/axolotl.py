@@ -316,7 +316,7 @@ RULES: dict[str, Rule] = {
     "dataloader_drop_last": Lost("the last, smaller batch is trained too"),
     "auto_find_batch_size": Lost("batches are never cut by themselves; trainer.memory_budget=auto saves memory"),
     "shuffle_merged_datasets": OnlyIf((True,), "the order of rows is drawn from seed"),
-    "streaming": OnlyIf((False,), "rows are kept in a cache on disk and need not fit into memory"),
+    "streaming": OnlyIf((False,), shared_rules.STREAMING),
     "min_sample_len": Lost("leave short rows out with data.format=module:function"),
     "eval_sequence_len": Lost("held-out rows have the limits of those to train on"),
     "plugins": Same("they only add kernels, or keys that are listed by themselves"),

@@ -14,6 +14,13 @@ from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.errors import did_you_mean
 from qlora.migrate.translation import Lost, Part
 
+STREAMING = (
+    "rows are kept in a cache on disk and need not fit into memory; for sets that are larger than the disk set "
+    "data.streaming=true with trainer.max_steps"
+)
+"""Why a setting that streams rows is not needed, and what to set where it is."""
+WEIGHTS = "give each set a weight (data.mix.NAME.weight), or with data.streaming=true a data.mix.NAME.probability"
+
 SHARDED = "says how weights are sharded; start with torchrun and trainer.parallel=fsdp (docs/multi_gpu.md)"
 ONE_PROCESS = "how a run is spread over processes is said where it is started (torchrun, accelerate launch)"
 REMOTE = "set by the environment here (HF_TOKEN, or `hf auth login`), never by a config"

@@ -145,8 +145,12 @@ def build_plan(config: Config, rows: int | None = None, tokens: TokenCount | Non
 
     Raises a `UserError` where another part of it is not known.
     """
-    units, unit = (rows, "rows") if tokens is None else (tokens.units, tokens.unit)
-    length = training_length(config.trainer, units, unit=unit) if units else None
+    if tokens is not None:
+        units, unit = tokens.units, tokens.unit
+    else:
+        units, unit = rows or 0, "packs" if config.data.streaming and config.data.packing else "rows"
+    is_stream = config.data.streaming
+    length = training_length(config.trainer, units, unit=unit, is_stream=is_stream) if units or is_stream else None
     gpu = find_gpu(config.plan.device)
     shape = find_shape(config)
     setup = read_setup(config, shape)

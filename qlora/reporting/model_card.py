@@ -299,6 +299,10 @@ def _settings(
     length = plural(trainer.max_steps, "step") if trainer.max_steps else plural(trainer.num_train_epochs, "epoch")
     micro, accumulated = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     whole = config.data.train_on_source or config.data.format in ("text", "chosen")
+    if config.data.streaming:
+        sets = [f"{name} with probability {probability:g}"
+                for name, probability in zip(config.data.mix, config.data.probabilities, strict=False)]  # fmt: skip
+        rows.append(("rows", ", ".join([f"streamed, shuffled among {config.data.shuffle_buffer:,}", *sets])))
     rows += [
         ("length", length),
         ("batch", f"{plural(micro, 'row')} x {accumulated} accumulated, on each device"),

@@ -59,10 +59,12 @@ def training_lines(
     lora, trainer, processes = config.lora, config.trainer, distributed.world_size()
     adapter = describe_adapter(lora) if lora.enabled else "all weights"
     adapter += f", {experts}" if (experts := count.describe_experts()) else ""
-    unit = "packs" if report.packs else "rows"
     full = format_percent(report.packed_share or 0)
+    rows = (
+        f"a stream, its first {report.train_rows:,} rows" if report.streamed else f"{report.train_rows:,} rows to train"
+    )
     return {
-        "data": f"{report.name}: {report.train_rows:,} rows to train ({report.train_tokens:,} tokens, "
+        "data": f"{report.name}: {rows} ({report.train_tokens:,} tokens, "
         f"{report.trained_tokens:,} with loss), {report.describe_held_out()}",
         "limit": limit,
         **({"template": report.template} if report.template else {}),
@@ -71,8 +73,8 @@ def training_lines(
         **({"head": head} if head else {}),
         **({"left out": left_out} if left_out else {}),
         "batch": f"{trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} accumulated x "
-        f"{processes} process{'es' if processes > 1 else ''} = {rows_a_step} {unit} a step",
+        f"{processes} process{'es' if processes > 1 else ''} = {rows_a_step} {length.unit} a step",
         "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} ({trainer.lr_scheduler_type})",
-        "tokens": length.describe_tokens(report.train_tokens),
+        **({} if report.streamed else {"tokens": length.describe_tokens(report.train_tokens)}),
         "keeps": keeps,
     }

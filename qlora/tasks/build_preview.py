@@ -37,13 +37,15 @@ def build_preview(
     rows = fit_rows(config.data, context)
     report, trainer = data.report, config.trainer
     source = Path(config.data.path).name if config.data.path else ", ".join(config.data.mix)
-    length = training_length(trainer, len(data.packed or data.train), unit="packs" if data.packed else "rows")
+    unit, is_stream = "packs" if data.packed else "rows", config.data.streaming
+    length = training_length(trainer, len(data.packed or data.train), unit=unit, is_stream=is_stream)
+    first, of = ("the first ", "in these") if is_stream else ("", "an epoch")
     lines = [
         ("format", f"{report.format} ({report.recognised})"),
         ("template", report.template or f"{data.template.name}, saved for chat and serving"),
         ("tokenizer", f"{tokenizer.name_or_path} (a vocabulary of {len(tokenizer):,})"),
-        ("rows", f"{report.train_rows:,} to train, {report.describe_held_out()}"),
-        ("tokens", f"{report.train_tokens:,} an epoch, {_part(report.trained_tokens, report.train_tokens)} with loss"),
+        ("rows", f"{first}{report.train_rows:,} to train, {report.describe_held_out()}"),
+        ("tokens", f"{report.train_tokens:,} {of}, {_part(report.trained_tokens, report.train_tokens)} with loss"),
         ("head", _classes(data, config)),
         (
             "end token",
@@ -71,7 +73,7 @@ def build_preview(
         ),
         (
             "steps",
-            f"{length.epoch_steps:,} an epoch, of {trainer.per_device_train_batch_size} x "
+            f"{length.epoch_steps:,}{'' if is_stream else ' an epoch'}, of {trainer.per_device_train_batch_size} x "
             f"{trainer.gradient_accumulation_steps} {length.unit}",
         ),
         ("training", str(length)),

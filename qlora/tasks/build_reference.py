@@ -17,6 +17,7 @@ import torch
 
 from qlora.config.paths import cache_root, short_path
 from qlora.config.saved_config import config_to_dict
+from qlora.data.batching.item_stream import ItemStream
 from qlora.data.batching.packing import PackedRows
 from qlora.data.batching.token_store import column
 from qlora.data.cache import Cache
@@ -36,11 +37,12 @@ if TYPE_CHECKING:
 
 def build_items(
     session: Session, model: torch.nn.Module, step: FastStep, checkpoint: Path | None
-) -> Dataset | PackedRows | WithReference:
+) -> Dataset | PackedRows | ItemStream | WithReference:
     """Returns what is trained on, rows or packs: with what the reference says of them, where that is cached."""
     loss, items = session.config.loss, session.data.items
     if not loss.can_cache_reference or session.reference_weights is None:
         return items
+    assert not isinstance(items, ItemStream), "Config refuses streams of pairs"
     caches, reason = distributed.broadcast(_decide(session, checkpoint))
     if not caches:
         console.say_rows([("reference", f"computed in each step: {reason}")])
@@ -87,6 +89,7 @@ def _compute(session: Session, model: torch.nn.Module, step: FastStep) -> np.nda
     Long items come first, and batches are the same in any number of processes, each of which computes some.
     """
     items, config = session.data.items, session.config
+    assert not isinstance(items, ItemStream), "Config refuses streams of pairs"
     assert session.data.train is not None
     size, processes = config.trainer.per_device_train_batch_size, distributed.world_size()
     order = np.argsort(-session.data.lengths, kind="stable")

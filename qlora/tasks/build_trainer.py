@@ -17,6 +17,7 @@ from qlora import adapters
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import PlanStep
 from qlora.data.batching.collate import count_work
+from qlora.data.batching.item_stream import MOST_ROWS
 from qlora.data.batching.token_store import column
 from qlora.data.reference_store import WithReference
 from qlora.errors import DataError, RunError
@@ -93,7 +94,9 @@ def build_trainer(
     windows = tuple(operations.per_pair) if operations is not None else (None,)
     lengths = data.lengths.tolist()
     width = config.data.pack_width or 0 if step.is_compiled else 0
-    budget = build_budget(session, step, max_length=max(width, *lengths), most_targets=data.most_targets, memory=peak)
+    budget = build_budget(
+        session, step, max_length=max(width, data.max_length), most_targets=data.most_targets, memory=peak
+    )
     _say_step(step, budget)
     _say_sharing(session)
     items = build_items(session, model, step, checkpoint)
@@ -119,9 +122,10 @@ def build_trainer(
         name_rows=data.named_rows,
         callbacks=[*_run_callbacks(session, tracker, page, meter), *callbacks],
         needed=session.keep_rule.needed,
+        stream=data.stream,
     )
     switch_cache(base_of(model) if isinstance(model, PeftModel) else model, on=False)
-    if data.packed is not None:
+    if config.data.packing:
         hand_cu_seqlens(model)
         size = config.trainer.per_device_train_batch_size
         check_packing(model, placement, batch_size=size, logits_of=step.packed_logits)
@@ -172,6 +176,8 @@ def build_step(session: Session, model: PreTrainedModel | PeftModel) -> FastStep
 
 def _limits(session: Session) -> Packs | None:
     packed, width = session.data.packed, session.config.data.pack_width
+    if session.data.stream is not None and width:
+        return Packs(width, MOST_ROWS, min(session.config.data.longest_row or width, width))
     return Packs(packed.most_cells or width, packed.most_rows, packed.longest_row) if packed and width else None
 
 

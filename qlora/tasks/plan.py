@@ -14,7 +14,7 @@ from qlora.config.paths import short_path
 from qlora.config.schema import Config, DataConfig, PlanStep
 from qlora.config.schema.adapter_kind import describe_adapter
 from qlora.config.schema.loss import may_share_prompts
-from qlora.config.training_length import TokenCount
+from qlora.config.training_length import TokenCount, stream_units
 from qlora.errors import UserError
 from qlora.models.context import describe_limit, fit_rows
 from qlora.models.embedded import embedded_warning
@@ -83,7 +83,7 @@ def run(job: TaskJob) -> TaskResult:
 
 def _count_rows(data: DataConfig) -> int | None:
     """Returns the rows to train on where they lie in local files; None: nothing is read."""
-    if not _are_files(data):
+    if data.streaming or not _are_files(data):
         return None
     from qlora.data.row_count import count_training_rows  # imports `datasets`
 
@@ -115,10 +115,13 @@ def count_tokens(config: Config) -> tuple[TokenCount | None, str]:
         "kind": config.loss.rows,
         "shares_prompts": may_share_prompts(config.loss, trainer, on_gpu=config.plan.step is not PlanStep.plain),
     }
+    units: dict[str, Any] = {"units": stream_units(trainer)} if data.streaming else {}
     try:
         tokenizer = load_local_tokenizer(folder or EMBEDDED["tiny"], model.new_tokens)
         if folder is not None:
-            return token_count.count_tokens(fitted, tokenizer, **options), ""
+            return token_count.count_tokens(fitted, tokenizer, **options, **units), ""
+        if data.streaming:
+            return None, why_not
         return token_count.guess_tokens(fitted, tokenizer, why_not, **options), ""
     except UserError as error:
         return None, str(error)
@@ -134,7 +137,7 @@ def planned_time(config: Config, tokens: TokenCount) -> str | None:
 
 
 def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
-    memory, speed = plan.memory, plan.speed
+    memory, speed, is_stream = plan.memory, plan.speed, plan.config.data.streaming
     metrics = {
         "plan_peak_gb": memory.peak / 1e9,
         "plan_needed_gb": memory.needed / 1e9,
@@ -145,8 +148,8 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         **({"plan_tokens_per_second": speed.tokens_per_second} if speed else {}),
         **({"plan_hours": plan.hours} if plan.hours is not None else {}),
         **({"plan_steps": plan.steps} if plan.steps is not None else {}),
-        **({"plan_epochs": plan.length.epochs} if plan.length is not None else {}),
-        **({"plan_epoch_tokens": plan.tokens.tokens} if plan.tokens is not None else {}),
+        **({"plan_epochs": plan.length.epochs} if plan.length is not None and not is_stream else {}),
+        **({"plan_epoch_tokens": plan.tokens.tokens} if plan.tokens is not None and not is_stream else {}),
     }
     quantization = plan.config.quantization
     setup = {"bits": quantization.bits, "double_quant": quantization.double_quant, "wide": plan.setup.fp32}

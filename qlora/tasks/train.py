@@ -307,6 +307,8 @@ class Training:
         with self._history_kept(trainer):
             self._run_steps(trainer, checkpoint)
         runtime = time.monotonic() - started
+        if (stream := self.session.data.stream) is not None:
+            console.say_rows([("stream", str(stream))])
         if self._kept is not None:
             console.say_rows(kept_lines({"kept": self._kept.to_dict({})}))
         write_json(self.folder.history, trainer.state.log_history)
@@ -443,7 +445,7 @@ class Training:
         from qlora.data.token_count import padded_length
 
         session, trainer = self.session, self.config.trainer
-        if session.placement.device.type != "cuda" or distributed.world_size() > 1:
+        if session.placement.device.type != "cuda" or distributed.world_size() > 1 or self.config.data.streaming:
             return {}
         data, batch = session.data, trainer.per_device_train_batch_size
         if data.packed is not None:
@@ -469,6 +471,9 @@ class Training:
 
         folder, session = self.folder, self.session
         more: dict[str, Any] = {"measured": describe_used(self.job)}
+        if session.config.task.train and (stream := session.data.stream) is not None:
+            overlaps = [overlap._asdict() for overlap in stream.overlaps]
+            more["stream"] = {"rows": stream.counts.rows, "passes": stream.passes, "overlaps": overlaps}
         if self._kept is not None:
             more["kept"] = self._kept.to_dict(metrics)
         result = build_result(self.job, metrics, measured, base, more=more)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers.trainer_utils import seed_worker
 from qlora.objectives import Objective
 from qlora.objectives.protocol import IGNORED, SHARED_ROWS
 from qlora.objectives.row_loss import RowLoss
-from qlora.training.sampler import LengthGroupedSampler, SharedBatches, ShuffledSampler
+from qlora.training.sampler import LengthGroupedSampler, OrderedSampler, SharedBatches, ShuffledSampler
 from qlora.upstream.torch import Rows, as_dataset
 
 Batch = dict[str, torch.Tensor]
@@ -56,6 +57,16 @@ class CountingCollator:
         return {**batch, **counted}
 
 
+class Stream(Protocol):
+    """Rows that are read as they are needed, and whose place is kept in checkpoints."""
+
+    def save(self, folder: Path, index: int) -> None:
+        """Writes where it is before the item `index`, with which a step begins."""
+
+    def load(self, folder: Path, index: int) -> None:
+        """Goes on there; the next item is number `index`."""
+
+
 def without_labels(row: dict[str, Any]) -> dict[str, Any]:
     """Returns a row of which no token is trained."""
     return {**row, **{name: [IGNORED] * len(row[name]) for name in ("labels", "rejected_labels") if name in row}}
@@ -76,16 +87,20 @@ def split(batch: Micro, chunks: int) -> list[Micro]:
     return [dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True)]
 
 
-def share_batches(arguments: TrainingArguments, lengths: Sequence[int], rows: int) -> SharedBatches:
-    """Returns the order of the batches of this process.
+def share_batches(
+    arguments: TrainingArguments, lengths: Sequence[int], rows: int, *, in_order: bool = False
+) -> SharedBatches:
+    """Returns the order of the batches of this process; `in_order`: that of the rows, which are shuffled already.
 
     transformers' grouping goes from the longest rows to the shortest, and between processes it fills the last batches
     up with rows that were trained before.
     """
     processes, batch = arguments.world_size, arguments.train_batch_size
-    if arguments.train_sampling_strategy == "group_by_length":
+    if in_order:
+        order: Any = OrderedSampler(rows)
+    elif arguments.train_sampling_strategy == "group_by_length":
         size = batch * arguments.gradient_accumulation_steps * processes
-        order: Any = LengthGroupedSampler(lengths, size, arguments.seed)
+        order = LengthGroupedSampler(lengths, size, arguments.seed)
     else:
         order = ShuffledSampler(rows, arguments.seed)
     return SharedBatches(order, batch, process=arguments.process_index, processes=processes)

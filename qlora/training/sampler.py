@@ -66,6 +66,22 @@ class ShuffledSampler(Sampler[int]):
         yield from torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+class OrderedSampler(Sampler[int]):
+    """Yields row indices in order."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the rows come once."""
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.rows)
+
+
 class SharedBatches(Sampler[list[int]]):
     """Yields the micro-batches of one of several processes, as lists of row indices.
 
@@ -74,7 +90,7 @@ class SharedBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, order: LengthGroupedSampler | ShuffledSampler, rows: int, *, process: int, processes: int
+        self, order: LengthGroupedSampler | ShuffledSampler | OrderedSampler, rows: int, *, process: int, processes: int
     ) -> None:
         self.order, self.rows, self.process, self.processes = order, rows, process, processes
 

@@ -48,6 +48,7 @@ from qlora.training.batches import (
     Collate,
     CountingCollator,
     Micro,
+    Stream,
     build_loader,
     share_batches,
     take_targets,
@@ -126,13 +127,14 @@ class QLoraTrainer(Trainer):
         callbacks: list[TrainerCallback],
         needed: Needed = needs_none,
         ranks: Ranks | None = None,
+        stream: Stream | None = None,
     ) -> None:
         """Takes the parts of a training run.
 
         `measure` measures the held-out rows, `verify` completes and checks a saved adapter, and `name_rows` returns the
         rows of an item of `rows` with their names: those in a pack. `needed` names the checkpoints that
         `save_total_limit` leaves; `metadata` is stored with each checkpoint. `ranks` is the schedule of an adapter
-        whose ranks change.
+        whose ranks change. `stream` is `rows` where these are read as they are needed.
         """
         check_trainer()
         self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
@@ -143,7 +145,7 @@ class QLoraTrainer(Trainer):
         self._unreported_tokens = self._logged_step = 0
         self._trained: list[torch.nn.Parameter] = []
         self.memory = StepMemory(step, arguments.device, budget, alone=arguments.world_size == 1)
-        self.metadata, self.agreement, self.ranks = metadata, Agreement(stop), ranks
+        self.metadata, self.agreement, self.ranks, self.stream = metadata, Agreement(stop), ranks, stream
         self.checkpoints = CheckpointWriter(output_folder(arguments), estimate_checkpoint(model), needed)
         self._is_over = False
         super().__init__(
@@ -170,6 +172,7 @@ class QLoraTrainer(Trainer):
     def run(self, checkpoint: Path | None) -> TrainOutput:
         """Trains, from a checkpoint if there is one; returns to an earlier one when the watchdog demands it."""
         while True:
+            self._resume_stream(checkpoint)
             try:
                 output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 self._free_step()
@@ -188,6 +191,17 @@ class QLoraTrainer(Trainer):
                 log.warning("%s; going back to %s, with %g times the learning rate", order, checkpoint.name, factor)
             finally:
                 self._unsearched.close()
+
+    def _resume_stream(self, checkpoint: Path | None) -> None:
+        """Makes a stream resume where a checkpoint has left it."""
+        if self.stream is not None and checkpoint is not None:
+            self.stream.load(checkpoint, self._first_item(step_of(checkpoint)))
+
+    def _first_item(self, step: int) -> int:
+        """Returns the number of the item of a stream that is the first one behind a step."""
+        arguments = self.args
+        micro_batches = arguments.gradient_accumulation_steps * arguments.world_size
+        return step * arguments.train_batch_size * micro_batches
 
     def _find_good_checkpoint(self, order: Rollback) -> Path:
         self.watchdog.go_back()
@@ -243,7 +257,7 @@ class QLoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the batches of this process."""
-        self._shared = share_batches(self.args, self.lengths, len(self.rows))
+        self._shared = share_batches(self.args, self.lengths, len(self.rows), in_order=self.stream is not None)
         non_blocking = self.accelerator.non_blocking
         return build_loader(
             self.rows, self._shared, self.data_collator, self.args, non_blocking=non_blocking
@@ -394,6 +408,8 @@ class QLoraTrainer(Trainer):
         losses = {"total": sums.total, "unlogged": sums.unlogged, "logged": sums.logged, "over": self._ended_itself}
         write_text(folder / LOSS_FILE, json.dumps(losses) + "\n")
         self.watchdog.save(folder)
+        if self.stream is not None:
+            self.stream.save(folder, self._first_item(self.state.global_step))
         if self.ranks is not None:
             self.ranks.save(folder)
         if state_dict is None:  # else it is gathered from several devices

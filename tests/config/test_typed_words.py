@@ -362,7 +362,7 @@ REFUSED = {
     "--package": "--package takes a value: write --package GROUP",
     "--config": "--config takes a value: write --config FILE",
     "data=alpca": "did you mean alpaca?",
-    "data=https://host/rows.jsonl": "give a file or a hub id",
+    "data=ftp://host/rows.jsonl": "rows are not read by ftp://",
     "--config config.yaml": "my_conf/experiment/config.yaml, then --config-dir my_conf experiment=config",
     "--config=config.yaml": "--config-dir my_conf experiment=config",
     "train config.yaml": "--config-dir my_conf experiment=config",

@@ -172,6 +172,8 @@ def test_the_report_counts_tokens_cuts_and_drops(tokenizer, make_config, tmp_pat
         "packs": None,
         "packed_share": None,
         "fingerprint": report.fingerprint,
+        "near_rows": [],
+        "streamed": False,
         "commits": [None],
     }
     assert caplog.messages == [

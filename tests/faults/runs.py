@@ -83,6 +83,11 @@ def kinds(folder: Path) -> dict[str, list[str]]:
             *("data=mix", f"data.mix.a={mix[0]}", f"data.mix.b.path={mix[1]}", "data.mix.b.weight=0.5"),
             *("data.eval_dataset_size=4", "trainer.group_by_length=false"),
         ],
+        "streamed": [
+            *("data=mix", f"data.mix.a.path={mix[0]}", "data.mix.a.probability=0.6", f"data.mix.b.path={mix[1]}"),
+            *("data.mix.b.probability=0.4", "data.streaming=true", "data.stop=all", "data.shuffle_buffer=4"),
+            *("data.packing=true", "data.pack_length=64", "data.eval_dataset_size=4", "data.max_train_samples=null"),
+        ],
     }
 
 

@@ -38,7 +38,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -
 
 @pytest.mark.full
 def test_fifty_kills_change_no_bit(tmp_path: Path) -> None:
-    killer = torment(tmp_path, ["plain", "packed", "mixed", "grouped", "workers"], total=50, most=5)
+    killer = torment(tmp_path, ["plain", "packed", "mixed", "grouped", "workers", "streamed"], total=50, most=5)
     assert killer.in_writes >= 10
     assert killer.resumed >= 20
 

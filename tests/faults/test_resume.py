@@ -44,7 +44,20 @@ def nothing() -> None:
 def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stops: list[int]
 ) -> None:
-    overrides = kinds(tmp_path)[kind]
+    check_interrupted(tmp_path, monkeypatch, kinds(tmp_path)[kind], stops)
+
+
+def test_an_interrupted_run_on_a_stream_ends_with_the_bits_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_interrupted(tmp_path, monkeypatch, kinds(tmp_path)["streamed"], [3, 7])
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert "streamed, shuffled among 4, a with probability 0.6, b with probability 0.4" in card
+    stream = json.loads((tmp_path / "cut" / "result.json").read_text())["stream"]
+    assert stream["rows"] > 0
+
+
+def check_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], stops: list[int]) -> None:
     run(tmp_path / "calm", *overrides)
     for number, step in enumerate(stops):
         hard = number % 2 == 0  # cut off, and what came after the last checkpoint is done again; or asked to end

@@ -331,6 +331,20 @@ def test_of_many_rows_a_sample_is_counted_and_said(
     assert "180 rows, 12 steps an epoch, 3 epochs = 36 steps" in said
 
 
+def test_of_a_stream_a_plan_says_what_its_first_rows_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(tmp_path / "rows.jsonl", 300, 9)
+    stream = ["data=local", rows, f"data.cache_dir={tmp_path}", "data.streaming=true", "trainer.max_steps=20"]
+    said = screen(capsys, *stream)
+    assert "320 rows of a stream = 20 steps" in said
+    assert "in all (by the first 100 rows of the stream)" in said
+    said = screen(capsys, *stream, "data.packing=true", "data.pack_length=512")
+    assert "320 packs of a stream = 20 steps" in said
+    elsewhere = [stream[0], "data.path=s3://bucket/rows.jsonl", *stream[2:], "data.packing=true"]
+    said = screen(capsys, *elsewhere)
+    assert "320 packs of a stream = 20 steps" in said
+    assert "not counted: the rows of data=local are not on this machine" in said
+
+
 @pytest.mark.full
 def test_without_the_tokenizer_tokens_are_guessed_and_without_rows_every_row_is_full(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -5,7 +5,7 @@ stands here only where no option sets the field. `slots=True` makes it impossibl
 """
 
 from qlora.config.schema.code_names import CALLBACK_PACKAGES, FUNCTION_PATH, OWN_FUNCTIONS, check_plain, check_trusted
-from qlora.config.schema.data import DataConfig, MixConfig, OnEmpty, OnTooLong, Pairs, TrainOn
+from qlora.config.schema.data import DataConfig, MixConfig, OnEmpty, OnTooLong, Overlap, Pairs, Stop, TrainOn
 from qlora.config.schema.evaluation import (
     METRIC_LIBRARY,
     METRIC_NAMES,
@@ -86,6 +86,7 @@ __all__ = [
     "ModelConfig",
     "OnEmpty",
     "OnTooLong",
+    "Overlap",
     "Pairs",
     "Parallel",
     "PlanConfig",
@@ -97,6 +98,7 @@ __all__ = [
     "Resume",
     "SameBase",
     "ServeConfig",
+    "Stop",
     "SweepConfig",
     "SweepMethod",
     "TaskConfig",

@@ -10,10 +10,12 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora.config.addresses import check_address
 from qlora.config.foreign_names import known_value
 from qlora.config.registries.chat_templates import template_names
 from qlora.config.registries.data_formats import format_names
 from qlora.config.schema.code_names import FUNCTION_PATH
+from qlora.config.schema.stream import SHUFFLE_BUFFER, check_stream
 from qlora.config.schema.values import HOLDS
 from qlora.errors import ConfigError, did_you_mean, require
 from qlora.text import parse_size
@@ -30,11 +32,19 @@ Pairs = StrEnum("Pairs", "best-worst all")
 OnEmpty = StrEnum("OnEmpty", "drop train error")
 """What happens to an answer without text."""
 
+Overlap = StrEnum("Overlap", "exact near")
+"""Which rows to train on count as held-out ones."""
+
+Stop = StrEnum("Stop", "first all")
+"""When a pass over streamed sets ends."""
+
 
 ROW_LENGTH = 2048
 """Tokens of the longest row where nothing else is asked for and the model's context holds them."""
 HELD_OUT_SHARE, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.1, 20, 1000
 """What is held out where `eval_dataset_size` is null; never more than a quarter of the rows."""
+HELD_OUT_OF_STREAM = 200
+"""The same of rows that are streamed, whose number is not known."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +55,9 @@ class MixConfig:
     """As `data.path`."""
     weight: float = 1.0
     """How often a pass over the data shows each row: 2 twice, 0.5 a random half of the rows."""
+    probability: float | None = None
+    """How probable it is that the next row is one of this set, where `data.streaming` is on; those of all sets add up
+    to 1. Unset: all sets are drawn equally often."""
     subset: str | None = None
     """As `data.subset`."""
     split: str = "train"
@@ -70,7 +83,8 @@ class DataConfig:
     name: str = MISSING
     """The name of the data set in reports."""
     path: str | None = MISSING
-    """A file (JSON, JSONL, CSV, TSV, Parquet, plain text, each also .gz), a folder or glob of them, a folder that
+    """A file (JSON, JSONL, CSV, TSV, Parquet, plain text, each also .gz), a folder or glob of them, also elsewhere
+    (`s3://`, `gs://`, `https://`, `hf://`, or `env://NAME`, a variable that holds the address), a folder that
     `datasets` saved, a hub id, or `module:function` that returns an iterable of rows."""
     subset: str | None = None
     """The hub data set's configuration."""
@@ -88,9 +102,9 @@ class DataConfig:
     """The split of `path` that holds rows to measure on, e.g. `test`; unset: `eval_dataset_size` rows are split off."""
     mix: dict[str, Any] = field(default_factory=dict, metadata={HOLDS: dict[str, MixConfig | str]})
     """Several sets instead of one `path`, by names of your own: a path, or a mapping with `path`, `weight` (2: a pass
-    shows each row twice; 0.5: a random half of the rows), `subset`, `split`, `revision`, `data_files`,
-    `max_samples`, `format`, `columns` and `template`. E.g. `data=mix data.mix.mine=a.jsonl data.mix.other.path=b.jsonl
-    data.mix.other.weight=2`."""
+    shows each row twice; 0.5: a random half of the rows), `probability` (in its place where rows are streamed),
+    `subset`, `split`, `revision`, `data_files`, `max_samples`, `format`, `columns` and `template`. E.g. `data=mix
+    data.mix.mine=a.jsonl data.mix.other.path=b.jsonl data.mix.other.weight=2`."""
     format: str = "auto"
     """What the columns mean: a name of the table in docs/data.md, `module:function` of your own (a row in, a row of
     another format out), or `auto` to recognise it."""
@@ -144,6 +158,17 @@ class DataConfig:
     """Processes that tokenize; unset: as many as pay for the number of rows and cores."""
     max_row_bytes: str = "64MB"
     """A row with more bytes, in its file or once it is read, stops the run; a size such as `64MB` or `1.5GiB`."""
+    overlap: Overlap = Overlap.exact
+    """Which rows to train on are reported as held-out ones: those that are equal to one, token for token (`exact`), or
+    those that share 70 % of their words in threes with one, too (`near`), whatever all held-out rows share."""
+    streaming: bool = False
+    """Read rows as they are needed, instead of all of them before the run: for sets without end, or larger than the
+    disk. The run needs `trainer.max_steps`."""
+    shuffle_buffer: int = SHUFFLE_BUFFER
+    """Rows of a stream from among which the next one is drawn at random; 1: the order of the stream."""
+    stop: Stop | None = None
+    """When a pass over the streamed sets of `mix` ends: when the `first` of them has no more rows, or when `all` have
+    been read to their end, the shorter ones again meanwhile. Unset: `first`."""
 
     def __post_init__(self) -> None:
         for name in ("source_max_len", "target_max_len", "max_length", "pack_length", "num_proc"):
@@ -172,6 +197,9 @@ class DataConfig:
         if self.eval_path is not None and self.eval_split is not None:
             raise ConfigError("data.eval_path and data.eval_split both name held-out rows; leave one of them out")
         self.mix = {name: build_mix(name, part) for name, part in self.mix.items()}
+        for key, path in self.paths.items():
+            check_address(key, path)
+        check_stream(self)
         check_format("data.format", self.format)
         check_template("data.template", self.template)
         names = [self.label] if isinstance(self.label, str) else self.label
@@ -218,6 +246,25 @@ class DataConfig:
         """Whether rows are held out to measure on; of a file with too few rows none are, in spite of it."""
         return not (self.splits_off and self.eval_dataset_size == 0)
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """Where rows are, by the full keys that say it."""
+        named = {"data.path": self.path, "data.eval_path": self.eval_path}
+        named |= {f"data.mix.{name}.path": part.path for name, part in self.mix.items()}
+        return {key: path for key, path in named.items() if path is not None}
+
+    @property
+    def probabilities(self) -> list[float]:
+        """How probable it is that the next row of a stream is one of each set."""
+        given = [part.probability for part in self.mix.values()]
+        return [1 / max(len(given), 1) if value is None else value for value in given or [1.0]]
+
+    def held_out_of_stream(self, fraction: float) -> int:
+        """Returns how many of the first rows of a streamed set are held out, which gives this fraction of all rows."""
+        if not self.splits_off or self.eval_dataset_size == 0:
+            return 0
+        return max(round((self.eval_dataset_size or HELD_OUT_OF_STREAM) * fraction), 1)
+
     def held_out_count(self, rows: int) -> int:
         """Returns how many of all rows of `path`, or of the sets of `mix` together, are split off to measure on."""
         size = self.eval_dataset_size
@@ -260,6 +307,8 @@ def build_mix(name: str, part: object) -> MixConfig:
     require(typed.max_samples is None or typed.max_samples > 0, f"{key}.max_samples", "be positive or null",
             typed.max_samples)  # fmt: skip
     require(math.isfinite(typed.weight) and typed.weight > 0, f"{key}.weight", "be positive", typed.weight)
+    probability = typed.probability
+    require(probability is None or 0 < probability <= 1, f"{key}.probability", "be above 0 and at most 1", probability)
     check_format(f"{key}.format", typed.format)
     if typed.template is not None:
         check_template(f"{key}.template", typed.template)

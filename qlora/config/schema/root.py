@@ -10,7 +10,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from qlora.config.addresses import missing_package
 from qlora.config.optimizers import check_installed
+from qlora.config.registries.objectives import RowKind
 from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.config.registries.quantization_methods import AUTO, load_method
 from qlora.config.schema.code_names import (
@@ -56,6 +58,9 @@ Device = StrEnum("Device", "auto cpu cuda xpu")
 
 Resume = StrEnum("Resume", "auto force never")
 """What a start does in a folder that holds a run."""
+
+TRAIN_ON_ROWS = (TaskName.train, TaskName.plan, TaskName.preview, TaskName.replay, TaskName.doctor)
+"""The tasks that train on rows, or say how it would be."""
 
 SameBase = StrEnum("SameBase", "auto force")
 """What happens where an adapter meets another base than its own."""
@@ -130,6 +135,7 @@ class Config:
         self._check_runs()
         self._check_required_keys()
         self._check_held_out()
+        self._check_stream()
         self._choose_kept()
         self._check_trust()
         _check_generation(self.generation, self.model)
@@ -193,6 +199,40 @@ class Config:
                 f"task={name.value} measures held-out rows, and data.eval_dataset_size=0 holds out none; name rows "
                 "with data.eval_path=FILE, or leave data.eval_dataset_size out"
             )
+
+    def _check_stream(self) -> None:
+        """Refuses what a run on streamed rows cannot do, because it does not know how many there are."""
+        trainer = self.trainer
+        if self.task.name in (TaskName.train, TaskName.preview, TaskName.doctor):
+            for key, path in self.data.paths.items():
+                if (remedy := missing_package(path)) is not None:
+                    raise ConfigError(f"{key}={path} is read by a package that is not installed; {remedy}")
+        if not (self.data.streaming and self.task.name in TRAIN_ON_ROWS):
+            return
+        if trainer.max_steps is None:
+            raise ConfigError(
+                f"data.streaming=true and trainer.num_train_epochs={written(trainer.num_train_epochs)} exclude each "
+                "other: the number of streamed rows is not known; set trainer.max_steps, e.g. to 1000"
+            )
+        for name, interval in (("eval_steps", trainer.eval_steps), ("save_steps", trainer.save_steps)):
+            if isinstance(interval, str):
+                raise ConfigError(
+                    f"trainer.{name}={interval} is a share of an epoch, whose length data.streaming=true does not "
+                    "know; set a number of steps, e.g. 250"
+                )
+        loss = f"loss.name={self.loss.name}"
+        reasons = {
+            "trainer.group_by_length=true": (trainer.group_by_length,
+                                             "it sorts all rows by length before the first step"),
+            f"trainer.dataloader_num_workers={trainer.dataloader_num_workers}": (
+                trainer.dataloader_num_workers > 0, "the rows are read in the training process"),
+            loss: (self.loss.rows is not RowKind.tokens,
+                   "it needs rows of pairs, labels or whole texts, which are all read before the run"),
+        }  # fmt: skip
+        for name, (is_set, reason) in reasons.items():
+            if is_set:
+                change = "set it to false" if name.endswith("=true") else "leave one of them out"
+                raise ConfigError(f"data.streaming=true and {name} exclude each other: {reason}; {change}")
 
     @property
     def _measures_rows(self) -> bool:

@@ -185,10 +185,11 @@ def encode(job: Job, folder: Path, *, processes: int | None = None) -> None:
             advance(total["rows"])
         if waiting:
             writer.write_batch(pa.concat_batches(waiting))
-    (folder / COUNTS_FILE).write_text(json.dumps(asdict(_counts(total))), encoding="utf-8")
+    (folder / COUNTS_FILE).write_text(json.dumps(asdict(sum_up(total))), encoding="utf-8")
 
 
-def _counts(total: Counter[str]) -> Counts:
+def sum_up(total: Counter[str]) -> Counts:
+    """Returns the counts of all chunks together."""
     names = {item.name for item in fields(Counts)}
     unread = {key.removeprefix(UNREAD): count for key, count in sorted(total.items()) if key.startswith(UNREAD)}
     return Counts(**{key: count for key, count in total.items() if key in names}, unread=unread)
@@ -241,10 +242,14 @@ class _Encoder:
 
 def _encode_chunk(job: Job, start: int, stop: int) -> Result:
     indices = np.arange(start, stop) if job.order is None else job.order[start:stop]
-    rows = take_rows(job.rows, slice(start, stop) if job.order is None else indices)
+    return encode_rows(job, indices.tolist(), take_rows(job.rows, slice(start, stop) if job.order is None else indices))
+
+
+def encode_rows(job: Job, numbers: Sequence[int], rows: Sequence[Row]) -> tuple[pa.RecordBatch, Counter[str]]:
+    """Returns rows as a job encodes them, and what became of them; `numbers` say which ones of the set they are."""
     counts = Counter(rows=len(rows))
     pending: list[_PendingRow] = []
-    for index, row in zip(indices.tolist(), rows, strict=True):
+    for index, row in zip(numbers, rows, strict=True):
         try:
             pending += _render(job, index, row, counts)
         except UserError as error:

@@ -140,6 +140,11 @@ def _without_null_keys(value: Any) -> Any:
     return [_without_null_keys(item) for item in value] if isinstance(value, list) else value
 
 
+def clean_row(row: Row) -> dict[str, Any]:
+    """Returns a row with null in place of NaN, and without the keys of objects that hold null, as `take_rows` does."""
+    return {name: _without_null_keys(without_nan(cell)) for name, cell in row.items()}
+
+
 def without_nan(value: Any) -> Any:
     """Returns a value with null in place of each number that is NaN."""
     if isinstance(value, float):

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qlora.data.ingest.json_text import read_array, read_lines
+from qlora.data.ingest.remote import RemoteFile
 from qlora.data.ingest.row_size import MAX_ROW_BYTES, lines, too_long
 from qlora.errors import DataError
 
@@ -36,6 +37,10 @@ KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".
 """How a file of each suffix is read."""
 
 
+RowFile = Path | RemoteFile
+"""A file of rows, here or elsewhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Rows in order; `word` and `numbers` say where each stands in its source, e.g. line 7."""
@@ -49,17 +54,17 @@ class Chunk:
         return f"{self.word} {self.numbers[index]}"
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: RowFile) -> str | None:
     """Returns the kind by the file's suffix, or None for a file that cannot be read."""
     return KINDS.get(suffix_of(path))
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: RowFile) -> str:
     """Returns the suffix in lower case, without .gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_chunks(path: Path, *, label: str, most: int = MAX_ROW_BYTES) -> Iterator[Chunk]:
+def read_chunks(path: RowFile, *, label: str, most: int = MAX_ROW_BYTES) -> Iterator[Chunk]:
     """Yields the rows of a file; errors begin with `shown`, the key and the path as the user wrote them.
 
     A row of more than `most` bytes is refused, as far as the form of the file allows before it is in memory.
@@ -90,7 +95,7 @@ def read_chunks(path: Path, *, label: str, most: int = MAX_ROW_BYTES) -> Iterato
 
 
 @contextmanager
-def _named_errors(path: Path, label: str) -> Iterator[None]:
+def _named_errors(path: RowFile, label: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError:
@@ -103,19 +108,23 @@ def _named_errors(path: Path, label: str) -> Iterator[None]:
 
 
 @contextmanager
-def open_binary(path: Path) -> Iterator[IO[bytes]]:
+def open_binary(path: RowFile) -> Iterator[IO[bytes]]:
     """Opens a file to read bytes, those inside where it is gzipped."""
-    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        yield cast(IO[bytes], file)
+    with path.open("rb") as file:
+        if not path.name.lower().endswith(".gz"):
+            yield file
+            return
+        with gzip.open(file, "rb") as unpacked:
+            yield cast(IO[bytes], unpacked)
 
 
 @contextmanager
-def _open_text(path: Path, newline: str | None = "\n") -> Iterator[IO[str]]:
+def _open_text(path: RowFile, newline: str | None = "\n") -> Iterator[IO[str]]:
     with open_binary(path) as file:
         yield io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
 
 
-def _first_character(path: Path) -> str:
+def _first_character(path: RowFile) -> str:
     """Returns the first character that is no blank, or "" if there is none."""
     with _open_text(path) as file:
         while text := file.read(2**16):
@@ -124,15 +133,14 @@ def _first_character(path: Path) -> str:
     return ""
 
 
-def _raise_bad_byte(path: Path, label: str) -> NoReturn:
+def _raise_bad_byte(path: RowFile, label: str) -> NoReturn:
     decoder = codecs.getincrementaldecoder("utf-8")()
     position, line, block = 0, 1, b""
     with open_binary(path) as file:
-        if file.read(2) == b"\x1f\x8b":
+        if (first := file.read(2)) == b"\x1f\x8b":
             raise DataError(f"{label}: is compressed with gzip; give it a name that ends in .gz")
-        file.seek(0)
         try:
-            for block in _blocks(file):
+            for block in itertools.chain([first], _blocks(file)):
                 waiting = len(decoder.getstate()[0])
                 decoder.decode(block)
                 position, line = position + len(block), line + block.count(b"\n")
@@ -149,7 +157,7 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
-def _paragraphs(path: Path, label: str, most: int) -> Iterator[Chunk]:
+def _paragraphs(path: RowFile, label: str, most: int) -> Iterator[Chunk]:
     numbers, texts, size = [], [], 0
     with _open_text(path, newline=None) as file:
         for number, text in _blocks_of_lines(file, label, most):
@@ -183,7 +191,7 @@ def _table(names: list[str], columns: Iterable[Sequence[str | None]]) -> pa.Tabl
     return pa.table([pa.array(cells, pa.string()) for cells in columns], names=names)
 
 
-def _delimited(path: Path, delimiter: str, label: str, most: int) -> Iterator[Chunk]:
+def _delimited(path: RowFile, delimiter: str, label: str, most: int) -> Iterator[Chunk]:
     with _open_text(path, newline="") as file:
         text = lines(file, most, lambda number: csv.Error("field limit"))
         reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -263,7 +271,7 @@ def _long_cells(most: int) -> Iterator[None]:
         csv.field_size_limit(previous)
 
 
-def _parquet(path: Path, label: str, most: int) -> Iterator[Chunk]:
+def _parquet(path: RowFile, label: str, most: int) -> Iterator[Chunk]:
     with _seekable(path) as source:
         if not source.read(1):
             raise DataError(f"{label} is empty")
@@ -297,10 +305,10 @@ def _check_groups(metadata: pq.FileMetaData, most: int, label: str) -> None:
 
 
 @contextmanager
-def _seekable(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file, unpacked to disk where it is gzipped, for Parquet is read from its end."""
+def _seekable(path: RowFile) -> Iterator[IO[bytes]]:
+    """Opens a file, copied to disk where it is gzipped or elsewhere, for Parquet is read from its end."""
     with open_binary(path) as file:
-        if not path.name.lower().endswith(".gz"):
+        if file.seekable() and not path.name.lower().endswith(".gz"):
             yield file
             return
         with tempfile.TemporaryFile() as unpacked:

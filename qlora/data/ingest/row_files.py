@@ -15,10 +15,12 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, DatasetInfo, Features
 from datasets.table import MemoryMappedTable
 
+from qlora.config.addresses import is_address
 from qlora.config.paths import ROW_FILES, is_row_file
 from qlora.data.cache import Cache
 from qlora.data.ingest.arrow_writer import RowWriter, file_digest
-from qlora.data.ingest.readers import KINDS, Chunk, kind_of, read_chunks, suffix_of
+from qlora.data.ingest.readers import KINDS, Chunk, RowFile, kind_of, read_chunks, suffix_of
+from qlora.data.ingest.remote import find_remote
 from qlora.data.ingest.row_size import MAX_ROW_BYTES
 from qlora.errors import DataError, did_you_mean
 from qlora.runtime import console
@@ -48,6 +50,8 @@ def is_file_path(path: str) -> bool:
 
     So does a name without a folder and with a suffix that is nearly one: `rows.jsnol`.
     """
+    if is_address(path):
+        return False
     looks_local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1 or _is_glob(path)
     is_misspelt = "/" not in path and is_row_file(path)
     return looks_local or is_misspelt or path.lower().endswith(ROW_FILES) or Path(path).exists()
@@ -59,15 +63,26 @@ def is_saved(path: Path) -> bool:
 
 
 def load_files(path: str, *, cache: Cache, key: str, max_row_bytes: int = MAX_ROW_BYTES) -> Stored:
-    """Returns the rows of a file, folder or glob, which are parsed only if the cache lacks this content."""
+    """Returns the rows of a file, folder or glob, which are parsed only if the cache lacks this content.
+
+    Those of an address are copied first, for the time in which they are read.
+    """
     label = f"{key}={path}"
-    files = find_files(path, label)
-    names = _names(files, path, label)
+    if not is_address(path):
+        return _load(_local_files(path, label), label, cache, max_row_bytes)
+    with cache.scratch() as folder:
+        remote = find_remote(path, label, is_readable=_is_row_file)
+        copies = [(file.copy_to(folder, number), file.label) for number, file in enumerate(remote)]
+        return _load(copies, label, cache, max_row_bytes)
+
+
+def _load(parts: list[tuple[Path, str]], label: str, cache: Cache, max_row_bytes: int) -> Stored:
+    files, names = [file for file, _ in parts], [name for _, name in parts]
     entry_key = _content_key(files, names, max_row_bytes)
     states = [_state(file) for file in files]
 
     def write(folder: Path) -> None:
-        chunks = ((chunk, name) for file, name in zip(files, names, strict=True)
+        chunks = ((chunk, name) for file, name in parts
                   for chunk in read_chunks(file, label=name, most=max_row_bytes))  # fmt: skip
         write_rows(chunks, folder, label, most=max_row_bytes)
         for file, name, state in zip(files, names, states, strict=True):
@@ -90,6 +105,18 @@ def read_rows(path: str, *, key: str) -> Iterator[tuple[Mapping[str, Any], str]]
             rows = chunk.rows.to_pylist() if isinstance(chunk.rows, pa.Table) else chunk.rows
             for index, row in enumerate(rows):
                 yield row, f"{name}, {chunk.locate(index)}"
+
+
+def files_of(path: str, label: str) -> list[tuple[RowFile, str]]:
+    """Returns the files that a path or an address names, each with the beginning of its errors."""
+    if is_address(path):
+        return [(file, file.label) for file in find_remote(path, label, is_readable=_is_row_file)]
+    return [*_local_files(path, label)]
+
+
+def _local_files(path: str, label: str) -> list[tuple[Path, str]]:
+    files = find_files(path, label)
+    return list(zip(files, _names(files, path, label), strict=True))
 
 
 def find_files(path: str, label: str) -> list[Path]:
@@ -189,11 +216,14 @@ def _is_hidden(path: Path) -> bool:
 def _readable(matches: list[Path], label: str, otherwise: str, folder: Path) -> list[Path]:
     """Returns the data files among `found`; raises `DataError` with what `folder` holds if there are none."""
     files = sorted(file for file in matches if file.is_file())
-    readable = [file for file in files if kind_of(file) and file.name.lower() not in ABOUT_DATA
-                and file.name.lower().split(".")[0] not in NO_DATA]  # fmt: skip
+    readable = [file for file in files if _is_row_file(file.name)]
     if not readable:
         raise DataError(f"{otherwise}{_contents(folder)}; {_forms()}")
     return readable
+
+
+def _is_row_file(name: str) -> bool:
+    return bool(kind_of(Path(name))) and name.lower() not in ABOUT_DATA and name.lower().split(".")[0] not in NO_DATA
 
 
 def _contents(folder: Path) -> str:

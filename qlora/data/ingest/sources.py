@@ -6,9 +6,10 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from datasets import Dataset
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from qlora.config.addresses import is_address
 from qlora.config.schema import FUNCTION_PATH
 from qlora.config.user_code import import_function
 from qlora.data.cache import Cache
@@ -42,6 +44,8 @@ from qlora.upstream.datasets import is_packaged_reader
 from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 HELD_OUT_SPLITS = ("eval", "validation", "test")
 """The names under which hub data sets keep rows to measure on, in order of preference."""
@@ -77,8 +81,8 @@ def load_rows(
     if FUNCTION_PATH.fullmatch(path):
         loaded = _from_function(path, limit, cache, key, max_row_bytes)
     elif is_file_path(path) and is_saved(Path(path).expanduser()):
-        loaded = _counted(_choose(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
-    elif is_file_path(path):
+        loaded = _counted(choose_split(load_saved(Path(path).expanduser(), f"{key}={path}"), split, path, key))
+    elif is_file_path(path) or is_address(path):
         loaded = load_files(path, cache=cache, key=key, max_row_bytes=max_row_bytes)
     else:
         failure = f"{key}={path}: no such file, and not available"
@@ -91,7 +95,7 @@ def load_rows(
         log.warning("%s=%s: %d rows repeat an id of an earlier row; all are kept", key, path, loaded.repeated_ids)
     there = loaded.rows.column_names
     renamed = {name: source for name, source in (columns or {}).items() if source in there or name not in may_lack}
-    return _rename(loaded.rows, renamed, f"{key}={path}", columns_key)
+    return rename(loaded.rows, renamed, f"{key}={path}", columns_key)
 
 
 @contextmanager
@@ -108,14 +112,14 @@ def no_progress_bars() -> Iterator[None]:
 
 def _from_function(path: str, limit: int | None, cache: Cache, key: str, max_row_bytes: int) -> Stored:
     label = f"{key}={path}"
-    rows = iter(islice(_call(path, key), limit))
     with cache.temporary() as folder:
-        write_rows(((chunk, label) for chunk in _chunks(rows, label)), folder, label, most=max_row_bytes)
+        write_rows(((chunk, label) for chunk in function_chunks(path, key, limit)), folder, label, most=max_row_bytes)
         return open_rows(folder, file_digest(folder / ROWS))
 
 
-def _chunks(rows: Iterator[Any], label: str) -> Iterator[Chunk]:
-    start = 0
+def function_chunks(path: str, key: str, limit: int | None = None) -> Iterator[Chunk]:
+    """Yields the rows of a function, at most `limit`."""
+    label, rows, start = f"{key}={path}", iter(islice(_call(path, key), limit)), 0
     while chunk := list(islice(rows, FUNCTION_ROWS)):
         for number, row in enumerate(chunk, start):
             if not isinstance(row, Mapping):
@@ -144,8 +148,10 @@ def load_hub(
     key: str = "data.path",
     failure: str,
     remedy: str,
-) -> Dataset:
-    """Loads a split of a hub data set, the first that exists where several are named.
+    streaming: bool = False,
+) -> Any:
+    """Loads a split of a hub data set, the first that exists where several are named; a `Dataset`, or with `streaming`
+    an `IterableDataset`.
 
     Where it is not available, raises a `UserError` that begins with `failure`, gives the reason and ends with `remedy`.
     """
@@ -153,13 +159,15 @@ def load_hub(
     read_cache_without_network()
     try:
         with no_progress_bars():
+            options: dict[str, Any] = {"streaming": True} if streaming else {}
+            load = partial(datasets.load_dataset, path, subset, data_files=data_files, revision=revision, **options)
             if isinstance(split, str):
-                return datasets.load_dataset(path, subset, split=split, data_files=data_files, revision=revision)
-            splits = datasets.load_dataset(path, subset, data_files=data_files, revision=revision)
+                return load(split=split)
+            splits = load()
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
         kind, reason = _diagnose(error, key)
         raise kind(f"{failure} from the Hugging Face hub ({reason}); {remedy}") from error
-    return _choose(splits, split, path, key)
+    return choose_split(splits, split, path, key)
 
 
 def _check_hub_name(path: str, data_files: str | None, failure: str, key: str) -> None:
@@ -204,7 +212,7 @@ def _diagnose(error: BaseException, key: str) -> tuple[type[UserError], str]:
     return DataError, f"{said}; {choice}for a gated set {login}"
 
 
-def _choose(splits: Mapping[Any, Dataset], split: str | tuple[str, ...], path: str, key: str) -> Dataset:
+def choose_split(splits: Mapping[Any, T], split: str | tuple[str, ...], path: str, key: str) -> T:
     """Returns the first of the named splits that there is; rows saved without splits are that of any name."""
     names = (split,) if isinstance(split, str) else split
     for name in ("", *names):
@@ -229,7 +237,8 @@ def _refuse_misspelt(requested: str, setting: str, beside: str) -> None:
         raise ConfigError(f"{setting}: {requested} is no column of a format{near}, and {beside}")
 
 
-def _rename(rows: Dataset, columns: Mapping[str, str], label: str, columns_key: str) -> Dataset:
+def rename(rows: Dataset, columns: Mapping[str, str], label: str, columns_key: str) -> Dataset:
+    """Gives the columns their names in `columns`; raises `ConfigError` for one that is not there."""
     names = rows.column_names
     taken: dict[str, str] = {}
     for requested, source in columns.items():
