@@ -197,6 +197,7 @@ class FastStep:
     def _forward(self, **batch: Any) -> CausalLMOutputWithPast:
         """The forward pass of one batch, as the trainer asks for it."""
         batch = {name: value for name, value in batch.items() if value is not None}  # PEFT passes all it knows
+        self._calls.begin(batch["input_ids"].shape[1])
         if self._reads_reference:
             self._passes.targets = self.targets
             answers: Any = self.objective

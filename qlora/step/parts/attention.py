@@ -28,6 +28,7 @@ from qlora.step.kernels.attention import (
     has_varlen,
     wide_tiles,
 )
+from qlora.step.kernels.kept_attention import attend_kept, is_on
 from qlora.step.kernels.shared_prompts import NAMES, SharedRows, to_cells, to_tokens
 from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Packs, Request, StepContext
 from qlora.upstream.transformers_model import (
@@ -190,6 +191,9 @@ def attend_padded(
     `query` is [rows, heads, tokens, width]; returns [rows, tokens, heads, width].
     """
     _check_arguments(module, attention_mask, kwargs)
+    if is_on():
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+        return attend_kept(q, k, v, scaling), None
     return attend_batch(query, key, value, scaling).transpose(1, 2), None
 
 
@@ -224,6 +228,10 @@ def attend_packed(
         mask = block_masks[sliding_window]
         output = attend_flex(query, key, value, mask, scaling, softcap=softcap, sinks=s_aux, tiles=tiles)
         return output.transpose(1, 2).contiguous(), None
+    if is_on() and softcap is None and s_aux is None:
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+        lengths: dict[str, Any] = {"cu_q": cu_seqlens, "max_q": max_seqlen, "window": sliding_window}
+        return attend_kept(q, k, v, scaling, **lengths), None
     q, k, v = (tensor.transpose(1, 2).squeeze(0).contiguous() for tensor in (query, key, value))
     if softcap is None and s_aux is None:
         return attend_varlen(q, k, v, cu_seqlens, max_seqlen, scaling, sliding_window).unsqueeze(0), None
