@@ -9,6 +9,7 @@ from typing import Any
 from qlora.config.registries.adapter_kinds import AdapterKind
 from qlora.config.schema import LossConfig, PlanStep
 from qlora.quantization.stored_base import StoredBase
+from qlora.runtime.long_rows import is_long
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Setup:
     def loss_tokens(self) -> int | None:
         """The most tokens of a micro-batch that the loss counts; None: all of them."""
         return None if self.most_targets is None else self.rows * min(self.most_targets, self.length)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether checkpointed layers compute their feed-forward layer in chunks and attention once."""
+        return self.step is PlanStep.fast and is_long(self.length)
 
     @property
     def width(self) -> int:

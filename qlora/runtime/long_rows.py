@@ -1,8 +1,8 @@
 """From what length on rows are computed with less memory, and how; imports no torch.
 
-Of shorter rows nothing changes. Where layers compute their activations again, a long row's feed-forward layers compute a
-chunk of tokens at a time in the backward pass, and the outputs of attention are kept, so that attention, whose work grows
-with the square of the length, is computed once.
+Of shorter rows nothing changes. Where layers compute their activations again, a long row's feed-forward layers compute
+a chunk of tokens at a time in the backward pass, and the outputs of attention are kept, so that attention, whose work
+grows with the square of the length, is computed once.
 """
 
 LONG = 16_384

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from qlora.runtime.long_rows import is_long
-from qlora.step.chunked import ChunkedLayers, Unread, skipped
+from qlora.step.kernels.chunked import ChunkedLayers, Unread, skipped
 from qlora.step.kernels.kept_attention import KeptOutputs, kept_attention
 from qlora.step.offload import Offloading
 from qlora.step.part import StepContext
@@ -45,7 +45,7 @@ class LayerCalls:
     def enter(self, checkpointed: int, offloaded: int) -> None:
         """Replaces the calls; the first `checkpointed` layers recompute, the first `offloaded` of them offload."""
         self._previous = [layer.gradient_checkpointing for layer in self.layers]
-        self._checkpointed, self._long = checkpointed, contextlib.ExitStack()
+        self._checkpointed, self._is_long, self._long = checkpointed, False, contextlib.ExitStack()
         self._offloading.begin()
         for index, layer in enumerate(self.layers):
             layer.gradient_checkpointing = False
@@ -93,7 +93,9 @@ class LayerCalls:
         )
         return partial(self._offloading.call, again) if is_offloaded else again
 
-    def _contexts(self, unread: Unread, is_offloaded: bool) -> tuple[AbstractContextManager[None], ...]:
+    def _contexts(
+        self, unread: Unread, is_offloaded: bool
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Returns what is around the forward pass of a checkpointed layer, and around its recomputation."""
         if not self._is_long:
             return contextlib.nullcontext(), unread()

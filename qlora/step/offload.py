@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+
 @dataclass
 class Saved:
     """One tensor in the host's memory."""

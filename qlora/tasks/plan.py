@@ -140,7 +140,7 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         "plan_needed_gb": memory.needed / 1e9,
         "plan_paged_gb": memory.paged / 1e9,
         "plan_needed_with_paged_gb": memory.comfortable / 1e9,
-        "plan_host_gb": memory.host / 1e9,
+        "plan_host_gb": (memory.host + memory.offloaded) / 1e9,
         "plan_fits": float(plan.fits),
         **({"plan_tokens_per_second": speed.tokens_per_second} if speed else {}),
         **({"plan_hours": plan.hours} if plan.hours is not None else {}),
@@ -228,6 +228,9 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     console.say(
         Text.assemble(("  needed".ljust(30), "cyan"), unit.show(memory.needed).rjust(8), "  ", (verdict, style))
     )
+    if memory.offloaded:
+        kept = "inputs and outputs of attention" if setup.is_long else "inputs of layers"
+        _numbers([("layers on the host", memory.offloaded, f'{kept}, in its pinned memory, not in "needed"')], unit)
     if memory.host:
         _numbers([("experts on the host", memory.host, 'in its pinned memory, not in "needed"')], unit)
     if memory.paged:

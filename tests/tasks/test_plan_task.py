@@ -473,3 +473,19 @@ def test_a_prompt_that_both_answers_share_takes_room_and_time_once(
     said = screen(capsys, *model, *rows)
     assert f"prompts          once for both answers of a pair: {1 - 1 / shared.attended:.0%} of the tokens" in said
     assert "once for both answers" not in screen(capsys, *model, *rows, "trainer.fused_attention=false")
+
+
+@pytest.mark.parametrize(("length", "budget"), [(32_768, 16), (131_072, 80)])
+def test_a_long_row_of_an_8b_model_fits(length: int, budget: int, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["model=llama-3.1-8b", "model.weights=random", "lora.r=64", "lora.dropout=0", f"plan.length={length}",
+              "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=1",
+              f"trainer.memory_budget={budget}GB"]  # fmt: skip
+    plan = build(*chosen, device="h200")
+    assert plan.fits
+    assert plan.setup.checkpointed == 32
+    assert plan.memory.peak + plan.memory.paged <= budget * 1e9
+    kept = length * (2 * 4096 + 4096 * 2 + 4 * 32)  # of a layer: its input, the output of attention and the sums
+    assert plan.memory.offloaded == plan.setup.offloaded * kept
+    print_plan(plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "inputs and outputs of attention, in its pinned memory" in said

@@ -177,11 +177,13 @@ def attention_backward(
     """Returns the gradients of queries, keys and values, each of their shape."""
     rows, tokens, heads, _ = q.shape
     if cu_q is None and _by_cudnn(q, k, v, window):
-        by_heads = (part.transpose(1, 2) for part in (dout, q, k, v, out))
-        gradients = cudnn_backward(*by_heads, sums.view(rows, heads, tokens, 1), scale)
+        of_output, queries, keys, values, output = (part.transpose(1, 2) for part in (dout, q, k, v, out))
+        gradients: Any = cudnn_backward(
+            of_output, queries, keys, values, output, sums.view(rows, heads, tokens, 1), scale
+        )
         return [part.transpose(1, 2).contiguous() for part in gradients]
     lengths = _lengths(q, k, cu_q, cu_k, max_q, max_k)
-    kernel = flash_backward if q.is_cuda else attend_in_blocks_backward
+    kernel: Any = flash_backward if q.is_cuda else attend_in_blocks_backward
     flat = (part.flatten(0, 1) for part in (dout, q, k, v, out))
     gradients = kernel(*flat, sums.transpose(0, 1).reshape(heads, -1), *lengths, scale, window)
     return [part.view(whole.shape) for part, whole in zip(gradients, (q, k, v), strict=True)]
@@ -225,8 +227,8 @@ def attend_in_blocks_backward(
     for queries, keys, seen in _blocks(cu_q, cu_k, window):
         weights = (_scores(q[queries], k[keys], seen, scale) - sums[:, queries, None]).exp()
         given = dout[queries].float().transpose(0, 1)
-        own = (given * out[queries].float().transpose(0, 1)).sum(2, keepdim=True)
-        of_scores = weights * (given @ _of_heads(v[keys], heads).float().transpose(1, 2) - own) * scale
+        weighed = (given * out[queries].float().transpose(0, 1)).sum(2, keepdim=True)
+        of_scores = weights * (given @ _of_heads(v[keys], heads).float().transpose(1, 2) - weighed) * scale
         dq[queries] = (of_scores @ _of_heads(k[keys], heads).float()).transpose(0, 1)
         for total, part in ((dk, of_scores.transpose(1, 2) @ q[queries].float().transpose(0, 1)),
                             (dv, weights.transpose(1, 2) @ given)):  # fmt: skip

@@ -1,8 +1,8 @@
 """Feed-forward layers of long rows, a chunk of tokens at a time, in layers that compute their activations again.
 
-What a feed-forward layer keeps for its backward pass, and what that adds, is several times the hidden states. Computed in
-chunks, it exists of one chunk only. The layer is computed once in the forward pass, not at all when the decoder layer
-around it is recomputed, which does not read its output, and once more chunk by chunk in its backward pass.
+What a feed-forward layer keeps for its backward pass, and what that adds, is several times the hidden states. Computed
+in chunks, it exists of one chunk only. The layer is computed once in the forward pass, not at all when the decoder
+layer around it is recomputed, which does not read its output, and once more chunk by chunk in its backward pass.
 """
 
 from __future__ import annotations
@@ -48,15 +48,17 @@ class ChunkedLayers:
 
         Its class changes, and no attribute of its own that compiled code would check for each layer.
         """
-        layer.chunks = Chunks(self._call, unread, self._has_dropout)
-        object.__setattr__(layer, "__class__", _chunked_class(type(layer)))
+        layer.__dict__["chunks"] = Chunks(self._call, unread, self._has_dropout)
+        kind: Any = type(layer)
+        object.__setattr__(layer, "__class__", _chunked_class(kind))
         self._entered.append(layer)
 
     def exit(self) -> None:
         """Makes the layers compute as before."""
         for layer in self._entered:
-            object.__setattr__(layer, "__class__", type(layer).inner)
-            del layer.chunks
+            kind: Any = type(layer)
+            object.__setattr__(layer, "__class__", kind.inner)
+            del layer.__dict__["chunks"]
         self._entered = []
 
 
@@ -72,7 +74,7 @@ class Chunks:
         output: Tensor = _Chunked.apply(self, layer, x, *trained)
         return output
 
-    def pieces(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def split(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yields each chunk's tokens, and the chunk of `x` [tokens, width] as a row that takes a gradient."""
         size = chunk_size(len(x))
         for start in range(0, len(x), size):
@@ -90,7 +92,7 @@ class _Chunked(torch.autograd.Function):
         if _is_skipped:
             return torch.full_like(x, torch.nan)
         out = None
-        for part, piece in chunks.pieces(x.reshape(-1, x.shape[-1])):
+        for part, piece in chunks.split(x.reshape(-1, x.shape[-1])):
             # As in the backward pass, so that both share their compiled code.
             with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
                 y = chunks.call(layer, piece).detach()[0]
@@ -111,7 +113,7 @@ class _Chunked(torch.autograd.Function):
             stack.enter_context(torch.autocast(x.device.type, **ctx.autocast))
             if ctx.random is not None:
                 stack.enter_context(_random(x.device, ctx.random))
-            for part, piece in ctx.chunks.pieces(flat):
+            for part, piece in ctx.chunks.split(flat):
                 with ctx.chunks.unread():
                     y = ctx.chunks.call(ctx.layer, piece)
                 given = of_output[part][None].to(y.dtype)
@@ -126,7 +128,7 @@ class _Chunked(torch.autograd.Function):
 
 @functools.cache
 def _chunked_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """Returns a layer's class as it is inside a step: compiled code stops before it, and goes on after it."""
+    """Returns a layer's class as it is inside a step: compiled code ends before it, and begins anew after it."""
 
     @torch.compiler.disable
     def forward(self: Any, x: Tensor) -> Tensor:
