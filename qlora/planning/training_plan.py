@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora.config.options import model_presets
 from qlora.config.paths import cache_root
+from qlora.config.registries.rope_scaling import scaled_context
 from qlora.config.schema import (
     BaseProducts,
     ComputeDtype,
@@ -183,6 +184,11 @@ def find_shape(config: Config) -> Shape:
 
     Raises `DataError` for one that is incomplete, and `ResourceError` where it cannot be downloaded.
     """
+    shape, scaling = _find_shape(config), config.model.rope_scaling
+    return shape if scaling is None else replace(shape, context=scaled_context(scaling, shape.context) or shape.context)
+
+
+def _find_shape(config: Config) -> Shape:
     model = config.model
     architecture = described_settings(model.architecture) if model.architecture is not None else None
     options = model.architecture.options if model.architecture is not None else None

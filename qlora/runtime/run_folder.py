@@ -55,6 +55,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.max_samples": None,
     "data.pairs": "best-worst",
     "lora.start": None,
+    "model.rope_scaling": None,
     "lora.experts": "auto",
     "lora.expert_r": None,
     "lora.router": False,

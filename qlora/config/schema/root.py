@@ -13,6 +13,7 @@ from omegaconf import MISSING
 from qlora.config.optimizers import check_installed
 from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.config.registries.quantization_methods import AUTO, load_method
+from qlora.config.registries.rope_scaling import NO_ROPE, check_has_rope, check_positions, scaled_context
 from qlora.config.schema.code_names import (
     CALLBACK_PACKAGES,
     FUNCTION_PATH,
@@ -21,7 +22,7 @@ from qlora.config.schema.code_names import (
     check_trusted,
     is_installed_callback,
 )
-from qlora.config.schema.data import DataConfig
+from qlora.config.schema.data import ROW_LENGTH, DataConfig
 from qlora.config.schema.evaluation import (
     METRIC_LIBRARY,
     EvaluationConfig,
@@ -141,6 +142,7 @@ class Config:
                 self._check_fsdp()
             self._check_adapter_kind()
         self._check_offload()
+        self._check_rope()
         self._check_watchdog()
         self._check_loss()
         trains = self.task.name is TaskName.train and self.task.train
@@ -287,6 +289,21 @@ class Config:
                 raise ConfigError(
                     f"lora.kind={lora.kind} and {name} exclude each other: {reason}; leave one of them out"
                 )
+
+    def _check_rope(self) -> None:
+        """Refuses to stretch positions that are not rotary, and rows beyond the positions of a model that is known."""
+        model, length = self.model, self.data.max_length
+        is_usual = model.rope_scaling is None and length in (None, ROW_LENGTH)
+        if is_usual or (shape := model.known_architecture) is None:
+            return
+        has_rope = shape.model_type not in NO_ROPE and shape.options.get("position_embedding_type", "rope") == "rope"
+        check_has_rope(model.rope_scaling, shape.model_type, has_rope=has_rope)
+        is_scaled, context = model.rope_scaling is not None, shape.max_position_embeddings
+        if is_scaled:
+            context = scaled_context(model.rope_scaling, context) or context
+        trains = self.task.name is TaskName.train and self.task.train
+        if trains and length not in (None, ROW_LENGTH) and length > context:
+            check_positions(length, context, model.name, has_rope=has_rope, is_scaled=is_scaled)
 
     def _check_offload(self) -> None:
         """Refuses to have experts wait in the host's memory where they cannot."""
