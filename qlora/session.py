@@ -93,6 +93,7 @@ from qlora.reporting.start_lines import model_lines
 from qlora.runtime import distributed
 from qlora.runtime.device import Placement, computes_bf16, find_device, free_memory
 from qlora.runtime.needs import Needs, Rows
+from qlora.runtime.row_processes import row_takers
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.trained import find_trained
@@ -446,7 +447,7 @@ class Session:
     @cached_property
     def length(self) -> TrainingLength:
         """How long the training run is."""
-        data, processes = self.data, distributed.world_size()
+        data, processes = self.data, row_takers(self.config.trainer.context_parallel)
         assert data.train is not None
         unit = "packs" if data.packed else "rows"
         length = training_length(self.config.trainer, len(data.packed or data.train), unit=unit, processes=processes)
@@ -857,7 +858,8 @@ class Session:
     def rows_a_step(self) -> int:
         """How many rows, or packs, the processes take together in an optimizer step."""
         trainer = self.config.trainer
-        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * distributed.world_size()
+        takers = row_takers(trainer.context_parallel)
+        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * takers
 
     def measure_step(self, model: torch.nn.Module, step: int, tracker: Tracker) -> dict[str, float]:
         """Measures the model in the middle of training, and shows the tracker some answers."""

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from qlora.config.schema import PlanStep
 from qlora.objectives import TokenWork, build_objective
-from qlora.planning.model_shape import Layer, Shape
+from qlora.planning.model_shape import Layer, Mixer, Shape
 from qlora.planning.routed_rows import RoutedRows
 from qlora.planning.setup import Setup
 from qlora.runtime.long_rows import chunk_size
@@ -120,11 +120,16 @@ class Activations:
                 # Of a joined matrix all outputs are kept for the values' sake.
                 joined = mixer.queries + mixer.keys if family.joined and not self.has_fp32_stream else 0
                 kept += c * (mixer.kept + joined) + 4 * mixer.heads
+                kept += self._gathered(mixer) - self._gathered(mixer, 1)
                 if mixer.queries and self.setup.attended > 1:  # whole rows of them, beside the output of each token
                     kept += (self.setup.attended - 1) * (c * mixer.kept + 4 * mixer.heads) + c * mixer.queries
                 if mixer.queries and family.sinks:  # the output without them, and their share
                     kept += c * mixer.queries + 4 * mixer.heads
         return kept
+
+    def _gathered(self, mixer: Mixer, processes: int | None = None) -> int:
+        """Bytes a token of this process of the keys and values of all processes that share a row."""
+        return (processes or self.setup.shared_by) * 2 * mixer.keys * self.setup.width
 
     @property
     def has_fp32_stream(self) -> bool:
@@ -182,7 +187,7 @@ class Activations:
         # Gradients of output, queries, keys and values; those of queries in 32 bits, too; those of keys and values as
         # often as there are heads. What the feed-forward layer kept is gone by then.
         queries = sum(mixer.queries for mixer in described.mixers)
-        attention = setup.tokens * (queries * (6 * c + 4) - 2 * hidden)
+        attention = setup.tokens * (queries * (6 * c + 4) - 2 * hidden) + self._gathered_gradients(described)
         return max(mlp + self.decoded_matrix, attention)
 
     def backward(self, layer: int) -> float:
@@ -194,12 +199,18 @@ class Activations:
         setup, c = self.setup, self.setup.width
         hidden, middle = self.shape.hidden * c * setup.tokens, layer.feed_forward * c * setup.tokens
         if setup.step is PlanStep.fast:  # the product, its gradient, and those of gate and up
-            return hidden + 4 * middle + self.decoded_matrix
+            return max(hidden + 4 * middle + self.decoded_matrix, self._gathered_gradients(layer))
         zeros = setup.r > 0 and setup.dropout
         sums = hidden + (1.5 if zeros else 2) * middle  # two gradients of the product and their sum
         decoding = hidden + middle + self.decoded_matrix
         again = 5 * hidden + (middle if zeros else 0)  # the end of the layer's second forward pass
         return max(sums, decoding, again if setup.checkpointed else 0, self._scores)
+
+    def _gathered_gradients(self, layer: Layer) -> float:
+        """Bytes of gradients of gathered keys and values: those of two chunks, and their sum."""
+        if self.setup.shared_by == 1:
+            return 0
+        return self.setup.tokens * sum(3 * self._gathered(mixer) for mixer in layer.mixers if mixer.queries)
 
     @property
     def _scores(self) -> float:

@@ -88,7 +88,7 @@ class Plan:
         fraction = 1.0 if targets is None else min(targets / max(units * padded, 1), 1.0)
         setup = replace(self.setup, length=max(round(padded), 1), target_share=fraction)
         speed = plan_speed(self.training.shape, setup, self.gpu)
-        without_padding = self.setup.rows * self.tokens.tokens / units
+        without_padding = self.setup.rows * self.tokens.tokens / units / self.setup.shared_by
         return speed and replace(speed, tokens_per_second=without_padding / speed.seconds)
 
     @property
@@ -235,6 +235,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         reference_passes=_reference_passes(config),
         head_outputs=planned_outputs(config.head, config.loss, config.data),
         loss=config.loss,
+        shared_by=trainer.context_parallel,
         waiting=len(shape.experts.layers) if offload is ExpertsOffload.all and shape.experts is not None else 0,
     )
 

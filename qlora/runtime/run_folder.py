@@ -56,6 +56,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.pairs": "best-worst",
     "lora.start": None,
     "model.rope_scaling": None,
+    "trainer.context_parallel": 1,
     "lora.experts": "auto",
     "lora.expert_r": None,
     "lora.router": False,

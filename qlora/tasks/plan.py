@@ -207,6 +207,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     else:
         checkpointing = "no checkpointing"
         checkpointing += f", decoded experts of {setup.kept} layers kept" if setup.kept else ""
+    shared = f", each shared by {setup.shared_by} GPUs like this" if setup.shared_by > 1 else ""
     checkpointing += f", experts of {setup.waiting} layers on the host" if setup.waiting else ""
     console.start_screen(
         [
@@ -214,7 +215,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
             ("GPU", f"{gpu.name}: {_gb(gpu.memory)} GB"),
             ("limit", describe_limit(config.data, config.model.name, shape.context)),
             ("training", f"{trained}, {setup.optim}, {setup.rows} x {plan.training.accumulation} rows of "
-             f"up to {setup.length:,} tokens, {checkpointing}, {setup.step.value} step"),
+             f"up to {setup.length:,} tokens{shared}, {checkpointing}, {setup.step.value} step"),
         ]
     )  # fmt: skip
     unit = GB if memory.needed >= GB.size else MB

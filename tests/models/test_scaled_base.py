@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def test_of_two_kinds_of_layers_those_are_stretched_that_look_at_all_tokens() ->
     full = config.rope_parameters["full_attention"]
     assert (full["rope_type"], full["factor"], full["rope_theta"]) == ("linear", 8.0, 1000000.0)
     assert config.rope_parameters["sliding_attention"] == sliding
+
+
+def test_rows_beyond_the_positions_of_a_model_in_a_folder_are_refused_before_rows_are_read(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "base")
+    run = Run(compose([f"model.name={tmp_path / 'base'}", "data.max_length=2000"]), tmp_path / "run")
+    with pytest.raises(UserError, match=r"knows 512 positions; set model.rope_scaling='{rope_type: yarn, factor: 4}'"):
+        run.execute()
 
 
 def test_a_model_without_rotary_positions_is_refused_when_it_is_read() -> None:

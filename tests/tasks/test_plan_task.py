@@ -489,3 +489,17 @@ def test_a_long_row_of_an_8b_model_fits(length: int, budget: int, capsys: pytest
     print_plan(plan)
     said = " ".join(capsys.readouterr().out.split())
     assert "inputs and outputs of attention, in its pinned memory" in said
+
+
+def test_a_row_that_processes_share_needs_less_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["model=llama-3.1-8b", "model.weights=random", "lora.r=64", "plan.length=131072",
+              "trainer.per_device_train_batch_size=1", "trainer.gradient_checkpointing=true"]  # fmt: skip
+    alone, four = build(*chosen, device="h200"), build(*chosen, "trainer.context_parallel=4", device="h200")
+    assert (alone.setup.tokens, four.setup.tokens) == (131_072, 32_768)
+    fixed = sum(alone.memory.parts[name] for name in ("weights", "embeddings and norms", "adapters"))
+    gathered = 4 * 2 * 1024 * 2 * 32_768  # keys and values of all, and their gradients thrice
+    assert four.memory.peak - fixed > (alone.memory.peak - fixed) / 4
+    assert four.memory.peak - fixed < (alone.memory.peak - fixed) / 4 + 4 * gathered + 3e9
+    assert four.hours < alone.hours / 3
+    print_plan(four)
+    assert "each shared by 4 GPUs like this" in " ".join(capsys.readouterr().out.split())

@@ -141,6 +141,7 @@ class Config:
             if self.trainer.parallel is Parallel.fsdp:
                 self._check_fsdp()
             self._check_adapter_kind()
+            self._check_context_parallel()
         self._check_offload()
         self._check_rope()
         self._check_watchdog()
@@ -288,6 +289,27 @@ class Config:
             if is_set:
                 raise ConfigError(
                     f"lora.kind={lora.kind} and {name} exclude each other: {reason}; leave one of them out"
+                )
+
+    def _check_context_parallel(self) -> None:
+        """Refuses what cannot be computed where several processes share a row."""
+        trainer, name = self.trainer, self.loss.name
+        if trainer.context_parallel == 1:
+            return
+        reasons = {
+            "trainer.parallel=fsdp": (trainer.parallel is Parallel.fsdp, "each process must hold the whole base"),
+            "trainer.fused_attention=false": (trainer.fused_attention is False, "that part attends across processes"),
+            "trainer.fused_loss=false": (trainer.fused_loss is False, "that part takes the labels of shared rows"),
+            "trainer.memory_budget": (trainer.memory_budget is not None, "its formula counts rows of one process"),
+            f"loss.name={name}": (name != "sft", "only the loss of single tokens is computed in parts"),
+            f"trainer.neftune_noise_alpha={trainer.neftune_noise_alpha}": (
+                trainer.neftune_noise_alpha is not None, "its noise is scaled by the length of whole rows"),
+        }  # fmt: skip
+        for other, (is_set, reason) in reasons.items():
+            if is_set:
+                raise ConfigError(
+                    f"trainer.context_parallel={trainer.context_parallel} and {other} exclude each other: {reason}; "
+                    "leave one of them out"
                 )
 
     def _check_rope(self) -> None:
