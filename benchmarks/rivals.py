@@ -26,6 +26,7 @@ from typing import Any
 from step import (
     ALL,
     EVERY,
+    LENGTHS,
     LOG,
     LONG,
     WARM_UP,
@@ -222,7 +223,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     package, packs, shrink = ALL[name].package, ALL[name].packs, 16 if small else 1
     config = compose([*EVERY, *task["overrides"]])
     placement = find_placement(config.quantization, find_device(config.device))
-    model, peft = load_model(package, task["base"], config, placement)
+    length = LENGTHS.get(workload, LONG)
+    model, peft = load_model(package, task["base"], config, placement, length)
     whole = task["do"] == "end to end"
     if package == "unsloth" and not packs and not whole:
         options = {"steps": steps, "profile": task["profile"], "small": small}
@@ -232,7 +234,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "gradient_accumulation_steps": config.trainer.gradient_accumulation_steps,
         "gradient_checkpointing": bool(config.trainer.gradient_checkpointing),
         "packing": packs,
-        "max_length": LONG // shrink,
+        "max_length": length // shrink,
         "use_liger_kernel": package == "trl" and placement.device.type == "cuda" and bool(find_spec("liger_kernel")),
     }
     with tempfile.TemporaryDirectory() as folder:

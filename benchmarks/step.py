@@ -3,7 +3,8 @@
     python benchmarks/step.py [--small] [--model llama-7b] [--workloads long ...] [--contestants fp8 ...]
                               [--steps N] [--layers N] [--end-to-end] [--profile] [--json FILE] [-- KEY=VALUE]
 
-`long` is 8 rows of 2,048 tokens an optimizer step. `guanaco` is rows of lengths as of chats (log-normal, 32 to 512
+`long` is 8 rows of 2,048 tokens an optimizer step, `32k` one row of 32,768 and `128k` one of 131,072; these two are
+measured where they are named. `guanaco` is rows of lengths as of chats (log-normal, 32 to 512
 tokens): packs of 8,192 tokens, where a contestant packs, else 16 rows, grouped by length and padded to the longest.
 Tokens are counted without padding. Every contestant is a process of its own: NF4 with double quantization, LoRA r=64 on
 all linear layers without dropout, paged AdamW in 32 bits; some steps after warm-up, in one go as in a training run. A
@@ -49,6 +50,7 @@ FP8 = ["quantization.compute=fp8"]
 KEEP, AGAIN = (["trainer.gradient_checkpointing=false"], ["trainer.gradient_checkpointing=true"])
 LEAN = ["lora.dtype=bf16", "trainer.memory_budget=7.3GB"]
 MIDDLE = ["trainer.memory_budget=16GB"]
+LARGE = ["trainer.memory_budget=80GB"]
 FREE = ["lora.dtype=bf16", "trainer.memory_budget=auto"]
 CONSUMER = ["lora.dtype=bf16", "trainer.memory_budget=24GB"]
 
@@ -66,20 +68,23 @@ class Contestant(NamedTuple):
 
 
 OURS, ROWWISE, PACKED = {"long": 4, "guanaco": 1}, {"long": 4, "guanaco": 16}, {"guanaco": 4}
+ONE = {"32k": 1}
 CONTESTANTS = {
     "fp8": Contestant([*FP8, *KEEP], OURS, packs=True),
     "bf16": Contestant(KEEP, OURS, packs=True),
     "fp8, one micro-batch": Contestant([*FP8, *KEEP], {"long": 8}),
     "bf16, one micro-batch": Contestant(KEEP, {"long": 8}),
-    "fp8, 16 GB": Contestant([*FP8, *MIDDLE], OURS, packs=True),
-    "bf16, 16 GB": Contestant(MIDDLE, OURS, packs=True),
+    "fp8, 16 GB": Contestant([*FP8, *MIDDLE], OURS | ONE, packs=True),
+    "bf16, 16 GB": Contestant(MIDDLE, OURS | ONE, packs=True),
+    "fp8, 80 GB": Contestant([*FP8, *LARGE], {"128k": 1}),
+    "bf16, 80 GB": Contestant(LARGE, {"128k": 1}),
     "fp8, 7.3 GB": Contestant([*FP8, *LEAN], OURS, packs=True),
     "bf16, 7.3 GB": Contestant(LEAN, OURS, packs=True),
     "bf16, checkpointed": Contestant(AGAIN, OURS, packs=True),
     "bf16, checkpointed, no graphs": Contestant([*AGAIN, "trainer.cuda_graphs=false"], OURS, packs=True),
     "plain": Contestant([*PLAIN, *AGAIN], ROWWISE),
     "original": Contestant([*PLAIN, *AGAIN], {"long": 1, "guanaco": 1}),
-    "unsloth": Contestant(AGAIN, ROWWISE, package="unsloth"),
+    "unsloth": Contestant(AGAIN, ROWWISE | ONE, package="unsloth"),
     "unsloth, keep": Contestant(KEEP, ROWWISE, package="unsloth"),
     "unsloth, packed": Contestant(AGAIN, PACKED, packs=True, package="unsloth"),
     "unsloth, packed, keep": Contestant(KEEP, PACKED, packs=True, package="unsloth"),
@@ -96,8 +101,12 @@ MIXTURES = {
 """Those that train a mixture of experts, whose adapters TRL cannot make in 4 bits."""
 ALL = {**CONTESTANTS, **MIXTURES}
 """By name."""
-ROWS = {"long": 8, "guanaco": 16}
+ROWS = {"long": 8, "guanaco": 16, "32k": 1, "128k": 1}
 """Rows an optimizer step, where they are not packed."""
+USUAL = ["long", "guanaco"]
+"""What is measured where no workload is named."""
+LENGTHS = {"long": LONG, "32k": 32_768, "128k": 131_072}
+"""Tokens of a row, where all have as many."""
 NARROW = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 64, "num_attention_heads": 4,
           "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 2048}  # fmt: skip
 """The sizes of a narrow model, as far as its shape has them."""
@@ -148,7 +157,9 @@ def steps_of_packs(vocabulary: int, shrink: int) -> Iterator[list[dict[str, Any]
 
 
 def _row_lengths(workload: str, shrink: int) -> list[int]:
-    return [LONG // shrink] * 4096 if workload == "long" else [max(item // shrink, 2) for item in lengths(8192)]
+    if workload in LENGTHS:
+        return [LENGTHS[workload] // shrink] * 4096
+    return [max(item // shrink, 2) for item in lengths(8192)]
 
 
 def _row(generator: np.random.Generator, vocabulary: int, count: int) -> dict[str, Any]:
@@ -304,7 +315,7 @@ def measure(
             enable_checkpointing(model)
         model.config.use_cache = False
         packed = workload == "guanaco" and ALL[name].packs
-        width = (PACK if packed else LONG) // shrink
+        width = (PACK if packed else LENGTHS.get(workload, LONG)) // shrink
         packs = Packs(PACK // shrink, 64, 512 // shrink) if packed else None
         step = FastStep(model, config.trainer, config.quantization, run.placement, packs, run.objective)
         optimizer = build_optimizer(config, model)
@@ -477,7 +488,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a narrow model and short rows, for a try on a CPU")
     parser.add_argument("--model", default="llama-7b", help="a preset")
-    parser.add_argument("--workloads", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--workloads", nargs="+", default=USUAL, choices=list(ROWS))
     parser.add_argument("--contestants", nargs="+", choices=list(ALL), help="all that train this kind of model")
     parser.add_argument("--steps", type=int, default=8, help="measured steps")
     parser.add_argument("--layers", type=int, help="fewer decoder layers, where a disk or a GPU is small")

@@ -24,6 +24,7 @@ from qlora import adapters
 from qlora.adapters.code_files import check_code_files
 from qlora.config.paths import short_path
 from qlora.config.registries.objectives import WHOLE_TEXTS, Head, RowKind
+from qlora.config.registries.rope_scaling import check_positions, scaled_context
 from qlora.config.saved_config import config_to_dict
 from qlora.config.schema import (
     Config,
@@ -36,6 +37,7 @@ from qlora.config.schema import (
     TaskName,
     Weights,
 )
+from qlora.config.schema.data import ROW_LENGTH
 from qlora.config.schema.evaluation import known_metrics_of_rows
 from qlora.config.schema.loss import may_share_prompts
 from qlora.config.training_length import TrainingLength, training_length
@@ -67,7 +69,7 @@ from qlora.models.decoder import read_decoder
 from qlora.models.fingerprint import Base, adapter_digest, read_base, write_base
 from qlora.models.finished_model import check_not_rounded
 from qlora.models.first_pass import explain_nonfinite, try_training
-from qlora.models.model_config import build_model_config, load_model_config
+from qlora.models.model_config import build_model_config, has_rope, load_model_config
 from qlora.models.model_files import locate
 from qlora.models.new_tokens import add_end_token, resize_embeddings
 from qlora.models.same_base import check_base, identify_base
@@ -91,6 +93,7 @@ from qlora.reporting.start_lines import model_lines
 from qlora.runtime import distributed
 from qlora.runtime.device import Placement, computes_bf16, find_device, free_memory
 from qlora.runtime.needs import Needs, Rows
+from qlora.runtime.row_processes import row_takers
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.sweep_job import SweepJob
 from qlora.runtime.trained import find_trained
@@ -200,7 +203,9 @@ class Session:
         """The most tokens that the model reads; None: its config names no limit, or is not here and not needed."""
         if not self.needs.base:
             return model_context(self.config.model)
-        return getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        scaling = self.config.model.rope_scaling
+        return context if scaling is None else scaled_context(scaling, context)
 
     @cached_property
     def new_token_ids(self) -> list[int]:
@@ -452,7 +457,7 @@ class Session:
     @cached_property
     def length(self) -> TrainingLength:
         """How long the training run is."""
-        data, processes = self.data, distributed.world_size()
+        data, processes = self.data, row_takers(self.config.trainer.context_parallel)
         assert data.train is not None
         is_stream = self.config.data.streaming
         unit = "packs" if self.config.data.packing else "rows"
@@ -505,11 +510,20 @@ class Session:
     def is_trainable(self) -> bool:
         """True; raises a `UserError`, before rows or weights are read, for a base that the config does not fit."""
         _ = self._beyond_embeddings
+        self._check_positions()
         model, quantization = self.config.model, self.config.quantization
         loading.check_quantization(model, quantization, self.model_config, placement=self.placement)
         if quantization.experts_offload is ExpertsOffload.all:
             _ = self.waiting_experts
         return True
+
+    def _check_positions(self) -> None:
+        """Refuses rows that are to be longer than what the base reads."""
+        data, model, context = self.config.data, self.config.model, self.context
+        trains = self.needs.rows is Rows.all and self.config.task.train
+        if trains and data.max_length not in (None, ROW_LENGTH) and context is not None:
+            rotary, is_scaled = has_rope(self.model_config), model.rope_scaling is not None
+            check_positions(data.max_length, context, model.name, has_rope=rotary, is_scaled=is_scaled)
 
     @cached_property
     def _beyond_embeddings(self) -> dict[int, str]:
@@ -863,7 +877,8 @@ class Session:
     def rows_a_step(self) -> int:
         """How many rows, or packs, the processes take together in an optimizer step."""
         trainer = self.config.trainer
-        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * distributed.world_size()
+        takers = row_takers(trainer.context_parallel)
+        return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * takers
 
     def measure_step(self, model: torch.nn.Module, step: int, tracker: Tracker) -> dict[str, float]:
         """Measures the model in the middle of training, and shows the tracker some answers."""

@@ -13,6 +13,7 @@ from qlora.config.optimizers import SCHEDULES
 from qlora.config.registries.chat_templates import TEMPLATES
 from qlora.config.registries.data_formats import FORMAT_NAMES
 from qlora.config.registries.optimizers import OPTIMIZERS
+from qlora.config.registries.rope_scaling import ROPE_TYPES
 from qlora.config.registries.trackers import TRACKERS
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ def table() -> str:
         ("losses", "`loss=`", names(options("loss"))),
         ("optimizers", "`trainer.optim=`", names(OPTIMIZERS)),
         ("learning rates", "`trainer.lr_scheduler_type=`", names(SCHEDULES)),
+        ("stretched positions", "`model.rope_scaling=`", names(ROPE_TYPES)),
         ("rows", "`data.format=`", names(FORMAT_NAMES)),
         (
             "rows from",

@@ -283,7 +283,7 @@ RULES: dict[str, Rule] = {
     "resume_from_checkpoint": Lost(shared_rules.NO_RESUME),
     "overrides_of_model_config": Lost("set it in the model's own config.json"),
     "overrides_of_model_kwargs": Lost("set it in the model's own config.json"),
-    "rope_scaling": Lost("set it in the model's own config.json"),
+    "rope_scaling": Lost("set model.rope_scaling, e.g. {rope_type: yarn, factor: 4}"),
     "lora_model_dir": Lost("training begins with a fresh adapter; merge that one first (task=merge)"),
     **dict.fromkeys(("dpo_use_logits_to_keep", "dpo_padding_free", "dpo_use_liger_kernel",
                      "dpo_generate_during_eval", "rl_adapter_ref_model", "num_labels"), Same(shared_rules.SPEED)),

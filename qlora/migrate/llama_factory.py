@@ -245,7 +245,7 @@ RULES: dict[str, Rule] = hf_arguments.RULES | {
     "eval_on_each_dataset": Lost("held-out rows are measured together"),
     "disable_shuffling": Lost("the order of rows is drawn from seed"),
     "compute_accuracy": Lost("see the metrics of evaluation="),
-    "rope_scaling": Lost("set it in the model's own config.json"),
+    "rope_scaling": Lost("set model.rope_scaling, e.g. {rope_type: yarn, factor: 4}"),
     "resize_vocab": Same("the embedding grows for model.new_tokens by itself"),
     "upcast_layernorm": Same("norms compute in 32 bits under autocast"),
     "create_new_adapter": Lost("training begins with a fresh adapter"),

@@ -316,7 +316,7 @@ RULES: dict[str, Rule] = hf_arguments.RULES | {
     "task_type": OnlyIf(("causal_lm",), "language models are trained here"),
     "tuner_backend": Same(shared_rules.SPEED),
     "packing_strategy": Same("packs are filled best fit"),
-    "rope_scaling": Lost("set it in the model's own config.json"),
+    "rope_scaling": Lost("set model.rope_scaling, e.g. {rope_type: yarn, factor: 4}"),
     "sequence_parallel_size": OnlyIf((1,), shared_rules.ONE_DEVICE),
     "interleave_prob": Lost(shared_rules.WEIGHTS),
     "enable_thinking": Lost("the template decides whether empty thoughts are part of an answer"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.options import model_presets
+from qlora.config.registries.rope_scaling import scaled_context
 from qlora.config.schema import DataConfig, ModelConfig, Weights
 from qlora.config.schema.data import ROW_LENGTH
 from qlora.models.json_files import read_object
@@ -25,6 +26,11 @@ def model_context(model: ModelConfig) -> int | None:
 
     None: it names no limit, or lies on the hub and has no preset. Nothing is downloaded.
     """
+    context = _own_context(model)
+    return context if model.rope_scaling is None else scaled_context(model.rope_scaling, context)
+
+
+def _own_context(model: ModelConfig) -> int | None:
     if model.weights is Weights.random or model.name in EMBEDDED:
         return model.architecture.max_position_embeddings if model.architecture is not None else None
     location = locate(model.name)

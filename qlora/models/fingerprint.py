@@ -53,6 +53,8 @@ class Base:
     """`RULE:HEX` of its weights; None: nothing says it."""
     random: dict[str, Any] | None = None
     """With `model.weights=random` all that decides the weights, by the full keys of the config."""
+    rope_scaling: dict[str, Any] | None = None
+    """What `model.rope_scaling` says; None: the model's own rotary positions."""
 
     def __post_init__(self) -> None:
         texts = (self.revision, self.fingerprint)
@@ -60,6 +62,7 @@ class Base:
             not all(isinstance(text, str | None) for text in texts)
             or not isinstance(self.name, str)
             or not isinstance(self.random, dict | None)
+            or not isinstance(self.rope_scaling, dict | None)
         ):
             raise TypeError("a value of another type than it has")
 
@@ -139,7 +142,7 @@ def find_difference(trained: Base, now: Base) -> Difference | None:
     if not (_is_comparable(trained) and _is_comparable(now)):
         return _compare_names(trained, now)
     if trained.fingerprint == now.fingerprint:
-        return None
+        return _compare_scaling(trained.rope_scaling, now.rope_scaling)
     if trained.random is not None or now.random is not None:
         return _compare_random(trained, now)
     hashes = f"fingerprint {_shorten(now)}, not {_shorten(trained)}"
@@ -150,6 +153,15 @@ def find_difference(trained: Base, now: Base) -> Difference | None:
         return Difference(what, f"give that base as model.name{extra}")
     what = f"model.name={now.name}, whose weights have changed since the training ({hashes})"
     return Difference(what, f"set {revision}" if trained.revision != now.revision else "restore the previous files")
+
+
+def _compare_scaling(trained: dict[str, Any] | None, now: dict[str, Any] | None) -> Difference | None:
+    if trained == now:
+        return None
+    former, current = (json.dumps(scaling).replace('"', "") for scaling in (trained, now))
+    return Difference(
+        f"model.rope_scaling={current}: it was trained with {former}", f"set model.rope_scaling='{former}'"
+    )
 
 
 def _is_comparable(base: Base) -> bool:
@@ -219,7 +231,8 @@ def read_run_base(run: RunFolder) -> Base | None:
         model, config = manifest["model"], manifest["config"]["model"]
         settings = model.get("random") or read_json(run.path / "drawn.json")
         digest = model.get("fingerprint") if settings is None else fingerprint_random(settings)
-        return Base(model.get("name", config["name"]), model.get("revision"), digest, settings)
+        scaling = config.get("rope_scaling")
+        return Base(model.get("name", config["name"]), model.get("revision"), digest, settings, scaling)
     except (DamagedFile, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = error.reason if isinstance(error, DamagedFile) else f"{type(error).__name__}: {error}"
         path = error.path if isinstance(error, DamagedFile) else run.manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def load_base(
     method = find_method(quantization)
     saved, decoded = saved_settings(model_config), decoded_method(model_config, method)
     options: dict[str, Any] = {} if folder else hub_options(config)
+    if config.rope_scaling is not None and not folder:  # a finetuned model has it in its own config
+        options["config"] = copy.deepcopy(model_config)
     description = _describe(config, quantization, method, model_config, placement) if saved is None or decoded else None
     if decoded is not None:
         check_decoded(model_config, decoded, key)

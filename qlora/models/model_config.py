@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from qlora.config.registries.rope_scaling import ORIGINAL, ROPE_TYPES, TYPE, check_has_rope
 from qlora.config.schema import ModelConfig, described_settings
 from qlora.errors import ConfigError, describe_fault, did_you_mean
 from qlora.models.causal import check_is_causal
@@ -39,6 +40,7 @@ def load_model_config(config: ModelConfig) -> Any:
         except (OSError, ValueError) as error:
             raise hub_error("model.name", folder, error, gated=config.gated) from error
         check_is_causal(model_config, key)
+    scale_rope(model_config, config.rope_scaling)
     return model_config
 
 
@@ -83,6 +85,7 @@ def build_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     check_settings(model_config, shape, config.architecture.options)
     if rope_theta is not None:
         _set_rope_theta(model_config, rope_theta)
+    scale_rope(model_config, config.rope_scaling)
     return model_config
 
 
@@ -145,6 +148,31 @@ def _decides_sizes(model_config: Any, name: str) -> bool:
         with torch.device("meta"):
             sizes.append([weight.shape for weight in AutoModelForCausalLM.from_config(changed).parameters()])
     return sizes[0] != sizes[1]
+
+
+def has_rope(model_config: Any) -> bool:
+    """Returns whether a model has rotary positions."""
+    text = model_config.get_text_config()
+    kind = getattr(text, "position_embedding_type", None) or "rope"
+    return bool(getattr(text, "rope_parameters", None)) and kind in ("rope", "rotary") and not getattr(text, "alibi", 0)
+
+
+def scale_rope(model_config: Any, scaling: Mapping[str, Any] | None) -> None:
+    """Stretches the rotary positions of a model as `model.rope_scaling` says; None: they stay.
+
+    In models with two kinds of layers (Gemma 3) those that look at all tokens are stretched. Raises `ConfigError` where
+    there are none.
+    """
+    check_has_rope(scaling, model_config.model_type, has_rope=has_rope(model_config))
+    if scaling is None:
+        return
+    text = model_config.get_text_config()
+    rope = text.rope_parameters.get("full_attention", text.rope_parameters)
+    kept = {name: rope[name] for name in ROPE_TYPES[scaling[TYPE]].reads if name in rope}
+    rope.clear()
+    rope.update(kept | dict(scaling))
+    if ORIGINAL in ROPE_TYPES[scaling[TYPE]].parameters:
+        rope.setdefault(ORIGINAL, text.max_position_embeddings)
 
 
 def _set_rope_theta(config: Any, theta: float) -> None:

@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 def identify_base(config: Config, model_config: Any, placement: Placement) -> Base:
     """Returns the base that the config names, with a fingerprint of its weights; those on the hub are downloaded."""
-    model = config.model
+    model, scaling = config.model, config.model.rope_scaling
     if model.weights is Weights.random:
         settings = random_weights.random_base_settings(model, placement, config.seed)
-        return Base(model.name, fingerprint=fingerprint_random(settings), random=settings)
+        return Base(model.name, fingerprint=fingerprint_random(settings), random=settings, rope_scaling=scaling)
     files = fetch_weights(model)
     revision = commit_hash(model_config) or model.revision
-    return Base(model.name, revision, None if files is None else fingerprint_weights(files))
+    return Base(model.name, revision, None if files is None else fingerprint_weights(files), rope_scaling=scaling)
 
 
 def check_base(user: str, trained: Base, present: Base, same_base: SameBase, *, otherwise: str = "") -> bool:

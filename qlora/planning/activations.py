@@ -12,10 +12,13 @@ from functools import cached_property
 
 from qlora.config.schema import PlanStep
 from qlora.objectives import TokenWork, build_objective
-from qlora.planning.model_shape import Layer, Shape
+from qlora.planning.model_shape import Layer, Mixer, Shape
 from qlora.planning.routed_rows import RoutedRows
 from qlora.planning.setup import Setup
+from qlora.runtime.long_rows import chunk_size
 
+USUAL_NORMS = 2
+"""Norms of a layer that adds the output of its feed-forward layer to its input, and ends so."""
 DECODED_CHUNK = 2**27
 """Most bytes that the `fast` step decodes at a time in 16 bits."""
 
@@ -32,6 +35,39 @@ class Activations:
         described = self.shape.layer(layer)
         experts = self.routed.saved if described.has_experts else 0
         return self.setup.tokens * kept(described, names) + experts
+
+    def saved_again(self, layer: int, names: frozenset[str]) -> float:
+        """Returns what a layer keeps for the backward pass when it is computed again.
+
+        Of a long row its input and the outputs of attention are left out, which it has kept.
+        """
+        saved, described = self.saved(layer, names), self.shape.layer(layer)
+        if not self.setup.is_long:
+            return saved
+        saved -= self.setup.tokens * self.shape.hidden * self.setup.width + self.outputs(layer)
+        if not self._is_chunked(described):
+            return saved
+        # The input of the feed-forward layer in place of all that it keeps.
+        chunked = self._middle(described) - self.shape.hidden
+        return saved - self.setup.tokens * chunked * self.setup.width
+
+    def outputs(self, layer: int) -> float:
+        """Returns what a checkpointed layer keeps beside its input: of long rows the outputs of its attention."""
+        family, setup = self.shape.family, self.setup
+        if not setup.is_long or family.capped or family.sinks:
+            return 0
+        mixers = [mixer for mixer in self.shape.layer(layer).mixers if mixer.queries]
+        return setup.tokens * sum(mixer.values * setup.width + 4 * mixer.heads for mixer in mixers)
+
+    def _is_chunked(self, layer: Layer) -> bool:
+        """Returns whether a checkpointed layer computes its feed-forward layer in chunks."""
+        family = self.shape.family
+        is_usual = family.gated and not family.layer_norm and family.norms == USUAL_NORMS
+        return self.setup.is_long and is_usual and not layer.has_experts
+
+    def _middle(self, layer: Layer) -> int:
+        """Numbers a token that the fast step keeps of a feed-forward layer beside its input."""
+        return layer.feed_forward * (2 if self.shape.family.gated else 1)
 
     @cached_property
     def routed(self) -> RoutedRows:
@@ -84,11 +120,16 @@ class Activations:
                 # Of a joined matrix all outputs are kept for the values' sake.
                 joined = mixer.queries + mixer.keys if family.joined and not self.has_fp32_stream else 0
                 kept += c * (mixer.kept + joined) + 4 * mixer.heads
+                kept += self._gathered(mixer) - self._gathered(mixer, 1)
                 if mixer.queries and self.setup.attended > 1:  # whole rows of them, beside the output of each token
                     kept += (self.setup.attended - 1) * (c * mixer.kept + 4 * mixer.heads) + c * mixer.queries
                 if mixer.queries and family.sinks:  # the output without them, and their share
                     kept += c * mixer.queries + 4 * mixer.heads
         return kept
+
+    def _gathered(self, mixer: Mixer, processes: int | None = None) -> int:
+        """Bytes a token of this process of the keys and values of all processes that share a row."""
+        return (processes or self.setup.shared_by) * 2 * mixer.keys * self.setup.width
 
     @property
     def has_fp32_stream(self) -> bool:
@@ -109,7 +150,7 @@ class Activations:
         # Norms inside attention read what is kept for them alone: queries and keys as they come from their layers.
         residual += (sum(width for width, _ in layer.norms) - norms * shape.hidden) * c
         residual += 4 * (sum(rows for _, rows in layer.norms) - norms)
-        act = layer.feed_forward * c * (2 if shape.family.gated else 1)
+        act = self._middle(layer) * c
         act += self._weighed(layer)
         return residual + setup.r * c * len(names) + act + self._mixed(layer)
 
@@ -133,6 +174,22 @@ class Activations:
             groups[linear.reads] += linear.weights
         return max(groups.values(), default=0)
 
+    def backward_again(self, layer: int) -> float:
+        """As `backward`, for a layer that is computed again."""
+        described, setup, c = self.shape.layer(layer), self.setup, self.setup.width
+        if not self._is_chunked(described):
+            return self.backward(layer)
+        size, hidden = chunk_size(setup.tokens), self.shape.hidden * c
+        # Of a chunk its input and gradient, what it keeps, the product, three gradients; of all tokens two gradients.
+        mlp = (
+            size * (2 * hidden + (self._middle(described) + 4 * described.feed_forward) * c) + 2 * hidden * setup.tokens
+        )
+        # Gradients of output, queries, keys and values; those of queries in 32 bits, too; those of keys and values as
+        # often as there are heads. What the feed-forward layer kept is gone by then.
+        queries = sum(mixer.queries for mixer in described.mixers)
+        attention = setup.tokens * (queries * (6 * c + 4) - 2 * hidden) + self._gathered_gradients(described)
+        return max(mlp + self.decoded_matrix, attention)
+
     def backward(self, layer: int) -> float:
         """Returns what the backward pass of one layer needs beyond what the layer kept."""
         described = self.shape.layer(layer)
@@ -142,12 +199,18 @@ class Activations:
         setup, c = self.setup, self.setup.width
         hidden, middle = self.shape.hidden * c * setup.tokens, layer.feed_forward * c * setup.tokens
         if setup.step is PlanStep.fast:  # the product, its gradient, and those of gate and up
-            return hidden + 4 * middle + self.decoded_matrix
+            return max(hidden + 4 * middle + self.decoded_matrix, self._gathered_gradients(layer))
         zeros = setup.r > 0 and setup.dropout
         sums = hidden + (1.5 if zeros else 2) * middle  # two gradients of the product and their sum
         decoding = hidden + middle + self.decoded_matrix
         again = 5 * hidden + (middle if zeros else 0)  # the end of the layer's second forward pass
         return max(sums, decoding, again if setup.checkpointed else 0, self._scores)
+
+    def _gathered_gradients(self, layer: Layer) -> float:
+        """Bytes of gradients of gathered keys and values: those of two chunks, and their sum."""
+        if self.setup.shared_by == 1:
+            return 0
+        return self.setup.tokens * sum(3 * self._gathered(mixer) for mixer in layer.mixers if mixer.queries)
 
     @property
     def _scores(self) -> float:

@@ -46,6 +46,8 @@ class Memory:
     """Optimizer states that may move to the host; torch does not count them."""
     host: float = 0
     """Experts that wait in the host's memory."""
+    offloaded: float = 0
+    """What checkpointed layers keep in the host's memory."""
 
     @property
     def peak(self) -> float:
@@ -274,7 +276,7 @@ class Ledger:
     def graphs(self) -> float:
         """What the graphs of checkpointed layers compute in, one after the other."""
         setup = self.setup
-        if not (setup.graphs and setup.checkpointed and setup.step is PlanStep.fast):
+        if not (setup.graphs and setup.checkpointed and setup.step is PlanStep.fast) or setup.is_long:
             return 0
         return GRAPHS * max(self.saved(layer) for layer in self._recomputed)
 
@@ -310,6 +312,18 @@ class Ledger:
         """Returns what a decoder layer keeps for the backward pass."""
         return self.activations.saved(layer, self.targets[layer])
 
+    @property
+    def kept_of_checkpointed(self) -> float:
+        """What a checkpointed layer keeps until the backward pass: its input, and of long rows outputs of attention."""
+        width = 4 if self.activations.has_fp32_stream else self.setup.width
+        outputs = max(map(self.activations.outputs, range(self.shape.layers)))
+        return self.setup.tokens * self.shape.hidden * width + outputs
+
+    @property
+    def offloaded(self) -> float:
+        """What checkpointed layers keep in the host's memory."""
+        return self.setup.offloaded * self.kept_of_checkpointed
+
     def _copies(self, layer: int) -> float:
         return self.activations.copies(layer, self.targets[layer])
 
@@ -327,7 +341,7 @@ class Ledger:
         """Yields what is there at each moment that may need most."""
         setup, layers, activations = self.setup, self.shape.layers, self.activations
         kept = layers - setup.checkpointed
-        input_bytes = setup.tokens * self.shape.hidden * (4 if activations.has_fp32_stream else setup.width)
+        input_bytes = self.kept_of_checkpointed
         moving = min(setup.offloaded, 2)  # one on its way, and the next
         inputs = (setup.checkpointed - setup.offloaded + moving) * input_bytes
         late = range(setup.checkpointed, layers)
@@ -352,8 +366,8 @@ class Ledger:
             yield "a checkpointed layer's backward pass", {
                 **base, "gradients": gradients, "adapters in 16 bits": self._copies(layer),
                 "activations": (max(layers - done - setup.offloaded, 0) + moving) * input_bytes
-                + angles + self.saved(layer),
-                "backward pass of a layer": activations.backward(layer),
+                + angles + activations.saved_again(layer, self.targets[layer]),
+                "backward pass of a layer": activations.backward_again(layer),
             }  # fmt: skip
         states = OPTIMIZERS[setup.optim].states
         copied = states.scratch + (states.is_in_parameter_dtype and setup.guarded)  # others copy a chunk at a time
@@ -368,7 +382,7 @@ class Ledger:
     def memory(self) -> Memory:
         """Returns the parts at the moment that needs most."""
         moment, parts = max(self.moments(), key=lambda moment: sum(moment[1].values()))
-        return Memory(parts, moment, self.optimizer[1], self.on_host)
+        return Memory(parts, moment, self.optimizer[1], self.on_host, self.offloaded)
 
 
 def plan_memory(shape: Shape, setup: Setup) -> Memory:

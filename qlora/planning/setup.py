@@ -9,6 +9,7 @@ from typing import Any
 from qlora.config.registries.adapter_kinds import AdapterKind
 from qlora.config.schema import LossConfig, PlanStep
 from qlora.quantization.stored_base import StoredBase
+from qlora.runtime.long_rows import is_long
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,28 @@ class Setup:
     """The settings of that kind."""
     head_outputs: int = 0
     """The numbers that a head makes of a text; 0: there is no matrix for them."""
+    shared_by: int = 1
+    """Processes that share each row."""
     optim_args: Mapping[str, Any] = field(default_factory=dict)
     loss: LossConfig = field(default_factory=LossConfig)
     """The training objective, which knows what its loss needs."""
 
     @property
     def tokens(self) -> int:
-        """Tokens a micro-batch."""
-        return self.rows * self.length
+        """Tokens a micro-batch that one process computes."""
+        return -(-self.rows * self.length // self.shared_by)
 
     @property
     def loss_tokens(self) -> int | None:
-        """The most tokens of a micro-batch that the loss counts; None: all of them."""
-        return None if self.most_targets is None else self.rows * min(self.most_targets, self.length)
+        """The most tokens of those that the loss counts; None: all of them."""
+        if self.most_targets is None:
+            return None
+        return min(self.rows * min(self.most_targets, self.length), self.tokens)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether checkpointed layers compute their feed-forward layer in chunks and attention once."""
+        return self.step is PlanStep.fast and is_long(-(-self.length // self.shared_by))
 
     @property
     def width(self) -> int:

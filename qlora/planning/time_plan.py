@@ -76,14 +76,15 @@ class Operations:
         return self.per_token * tokens + sum(map(operator.mul, self.per_pair.values(), pairs))
 
 
-def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operations:
+def count_operations(shape: Shape, adapters: int, again: float = 0.0, attends_again: float | None = None) -> Operations:
     """Returns the operations with `adapters` parameters in adapters; 0: all weights are trained.
 
     Of a mixture's experts, and of their adapters, those count that compute a token (`active_adapters`). A matmul of n
     weights takes 2 n a token. The backward pass takes as many for frozen weights and twice as many for trained ones,
     2.5 times those of attention, and twice those of a recurrence's state. `again` is how often layers do
-    their forward pass once more, on average.
+    their forward pass once more, on average, and `attends_again` how often attention does; None: as often.
     """
+    attends_again = again if attends_again is None else attends_again
     frozen = 4 if adapters else 6
     output = shape.hidden * shape.vocabulary
     mixers = [(mixer, shape.counts[kind]) for kind, layer in enumerate(shape.kinds) for mixer in layer.mixers]
@@ -92,7 +93,7 @@ def count_operations(shape: Shape, adapters: int, again: float = 0.0) -> Operati
     pairs: dict[int | None, float] = dict.fromkeys(shape.windows, 0.0)
     for mixer, count in mixers:
         if mixer.queries:
-            pairs[mixer.window] += (3.5 + again) * 2 * count * (mixer.queries + mixer.values)
+            pairs[mixer.window] += (3.5 + attends_again) * 2 * count * (mixer.queries + mixer.values)
     return Operations(products, pairs, frozen * output)
 
 
@@ -107,7 +108,11 @@ def operations_per_token(shape: Shape, setup: Setup) -> float:
     """Returns the operations a token in rows of `setup.length` tokens, with those of checkpoints and the reference."""
     ledger = Ledger(shape, setup)
     adapters = active_adapters(shape, ledger.trained_count, ledger.trained_on_experts) if setup.r else 0
-    operations = count_operations(shape, adapters, setup.checkpointed / shape.layers + setup.reference_passes)
+    again = setup.checkpointed / shape.layers
+    attends_again = again * (max(map(ledger.activations.outputs, range(shape.layers))) == 0)  # else they are kept
+    operations = count_operations(
+        shape, adapters, again + setup.reference_passes, attends_again + setup.reference_passes
+    )
     left_out = 1 - setup.target_share if setup.step is PlanStep.fast else 0  # transformers computes all logits
     pairs = sum(count * _seen(setup.length, window) for window, count in operations.per_pair.items())
     return operations.per_token - left_out * operations.output + pairs

@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora.config.options import model_presets
 from qlora.config.paths import cache_root
+from qlora.config.registries.rope_scaling import scaled_context
 from qlora.config.schema import (
     BaseProducts,
     ComputeDtype,
@@ -87,7 +88,7 @@ class Plan:
         fraction = 1.0 if targets is None else min(targets / max(units * padded, 1), 1.0)
         setup = replace(self.setup, length=max(round(padded), 1), target_share=fraction)
         speed = plan_speed(self.training.shape, setup, self.gpu)
-        without_padding = self.setup.rows * self.tokens.tokens / units
+        without_padding = self.setup.rows * self.tokens.tokens / units / self.setup.shared_by
         return speed and replace(speed, tokens_per_second=without_padding / speed.seconds)
 
     @property
@@ -187,6 +188,11 @@ def find_shape(config: Config) -> Shape:
 
     Raises `DataError` for one that is incomplete, and `ResourceError` where it cannot be downloaded.
     """
+    shape, scaling = _find_shape(config), config.model.rope_scaling
+    return shape if scaling is None else replace(shape, context=scaled_context(scaling, shape.context) or shape.context)
+
+
+def _find_shape(config: Config) -> Shape:
     model = config.model
     architecture = described_settings(model.architecture) if model.architecture is not None else None
     options = model.architecture.options if model.architecture is not None else None
@@ -234,6 +240,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         reference_passes=_reference_passes(config),
         head_outputs=planned_outputs(config.head, config.loss, config.data),
         loss=config.loss,
+        shared_by=trainer.context_parallel,
         waiting=len(shape.experts.layers) if offload is ExpertsOffload.all and shape.experts is not None else 0,
     )
 

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora.config.registries.objectives import SHIPPED, Head
+from qlora.config.registries.rope_scaling import ROPE_TYPES, TYPE
 from qlora.config.schema import ComputeDtype, Config, DataConfig, LoraInit, TrainerConfig, Weights
 from qlora.config.schema.adapter_kind import describe_adapter, describe_choice
 from qlora.quantization.method import find_method
@@ -26,6 +28,8 @@ HEADS = {
     Head.regress: "A regression of texts",
     Head.embed: "A model of embeddings",
 }
+REWARD = "num_labels=1, "
+"""What `from_pretrained` is told of a reward model."""
 SEEN = "seen from the folder of this card"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Licences that the hub knows by an id of its own; others are declared as `other`.
@@ -196,7 +200,7 @@ def _use(
     adapter = _relative(paths.get("adapter" if config.lora.enabled else "model"), folder)
     kind = "AutoModelForSequenceClassification" if config.loss.has_head else "AutoModelForCausalLM"
     names = [
-        *(["AutoConfig"] if config.loss.reads_whole_texts else []),
+        *(["AutoConfig"] if config.loss.reads_whole_texts or config.model.rope_scaling is not None else []),
         kind,
         "AutoTokenizer",
         *([method.library_class] if method.library_class else []),
@@ -211,7 +215,7 @@ def _use(
     ]
     lines += [f"folder = {_literal(adapter)}  # {SEEN}"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    labels = "config=AutoConfig.from_pretrained(folder), " if config.loss.reads_whole_texts else "num_labels=1, "
+    labels = "config=AutoConfig.from_pretrained(folder), " if config.loss.reads_whole_texts else REWARD
     options = f'{labels if config.loss.has_head else ""}dtype={dtype}, device_map="auto"'
     if method.library_class:
         arguments = method.library_arguments(config.quantization, dtype)
@@ -220,7 +224,15 @@ def _use(
     if config.lora.enabled:
         if config.model.revision:
             options += f", revision={_literal(config.model.revision)}"
-        lines += [*_base_lines(base), f"model = {kind}.from_pretrained(base, {options})"]
+        # A head over whole texts lies beside a config of the model, which says it.
+        scaling = None if config.loss.reads_whole_texts else config.model.rope_scaling
+        if scaling is not None:
+            options = "config=config, " + options.removeprefix(REWARD)
+        lines += [
+            *_base_lines(base),
+            *_scaling_lines(scaling, has_head=config.loss.has_head),
+            f"model = {kind}.from_pretrained(base, {options})",
+        ]
         lines += method.quantizing_code(config.quantization, dtype)
         if config.model.new_tokens:
             lines.append("if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:")
@@ -270,12 +282,30 @@ def _base_lines(base: str) -> list[str]:
     return [f"base = {_literal(base)}"]
 
 
+def _scaling_lines(scaling: Mapping[str, Any] | None, *, has_head: bool) -> list[str]:
+    """Returns Python that stretches the rotary positions of the base as they were in training."""
+    if scaling is None:
+        return []
+    kept = ROPE_TYPES[scaling[TYPE]].reads
+    return [
+        "config = AutoConfig.from_pretrained(base)",
+        "rope = config.get_text_config().rope_parameters",
+        'rope = rope.get("full_attention", rope)',
+        f"scaling = {{name: rope[name] for name in {kept!r} if name in rope}} | {dict(scaling)!r}",
+        "rope.clear()",
+        "rope.update(scaling)",
+        *(["config.num_labels = 1"] if has_head else []),
+    ]
+
+
 def _settings(
     config: Config, compute_dtype: str | None, unquantized: str | None, experts: str, mixture: str
 ) -> list[tuple[str, str]]:
     trainer, lora = config.trainer, config.lora
     precision = _base_precision(config, unquantized)
     rows = [("base weights", f"{precision}, computing in {_dtype(config, compute_dtype)}")]
+    if (scaling := config.model.rope_scaling) is not None:
+        rows.append(("rotary positions", ", ".join(f"{name} {value}" for name, value in scaling.items())))
     if mixture:
         rows.insert(0, ("base", mixture))
     if lora.enabled:

@@ -73,8 +73,14 @@ def training_lines(
         **({"head": head} if head else {}),
         **({"left out": left_out} if left_out else {}),
         "batch": f"{trainer.per_device_train_batch_size} x {trainer.gradient_accumulation_steps} accumulated x "
-        f"{processes} process{'es' if processes > 1 else ''} = {rows_a_step} {length.unit} a step",
+        f"{_describe_processes(processes, trainer.context_parallel)} = {rows_a_step} {length.unit} a step",
         "steps": f"{length}, {trainer.optim}, learning rate {trainer.learning_rate:g} ({trainer.lr_scheduler_type})",
         **({} if report.streamed else {"tokens": length.describe_tokens(report.train_tokens)}),
         "keeps": keeps,
     }
+
+
+def _describe_processes(count: int, sharing: int) -> str:
+    if sharing > 1:
+        return f"{plural(count // sharing, 'group')} of {sharing} processes that share a row"
+    return f"{count} process{'es' if count > 1 else ''}"

@@ -60,6 +60,8 @@ ADDED_KEYS: dict[str, Any] = {
     "data.stop": None,
     "data.probability": None,
     "lora.start": None,
+    "model.rope_scaling": None,
+    "trainer.context_parallel": 1,
     "lora.experts": "auto",
     "lora.expert_r": None,
     "lora.router": False,

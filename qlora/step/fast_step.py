@@ -19,7 +19,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qlora.config.schema import QuantizationConfig, TrainerConfig
 from qlora.errors import ConfigError
 from qlora.runtime.device import Placement
+from qlora.runtime.row_processes import row_processes
 from qlora.step.forward_passes import ForwardPasses
+from qlora.step.kernels.sharded_rows import share_rows
 from qlora.step.layer_calls import LayerCalls
 from qlora.step.layers import find_layers
 from qlora.step.part import ON, Packs, Part, Request, StepContext, StepObjective
@@ -69,6 +71,7 @@ class FastStep:
         as_graphs = self._context.is_on("cuda_graphs")
         self._calls = LayerCalls(self._context, compiled=self.is_compiled, as_graphs=as_graphs)
         attention, loss = self._active.get("fused_attention"), self._active.get("fused_loss")
+        share_rows(row_processes(trainer.context_parallel))
         self._attention = attention if isinstance(attention, FusedAttention) else None
         self._loss = loss if isinstance(loss, FusedLoss) else None
         objective.prepare(compiled=self.is_compiled, **(self._loss.transform_options if self._loss else {}))
@@ -209,6 +212,7 @@ class FastStep:
     def _forward(self, **batch: Any) -> CausalLMOutputWithPast:
         """The forward pass of one batch, as the trainer asks for it."""
         batch = {name: value for name, value in batch.items() if value is not None}  # PEFT passes all it knows
+        self._calls.begin(batch["input_ids"].shape[1])
         if self._reads_reference:
             self._passes.targets = self.targets
             answers: Any = self.objective

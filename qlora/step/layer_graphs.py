@@ -46,7 +46,7 @@ Recomputing = Callable[[], contextlib.AbstractContextManager[None]]
 class _Signature:
     """The arguments of a layer without the contents of tensors."""
 
-    places: tuple[tuple[Any, Any], ...]
+    layout: tuple[tuple[Any, Any], ...]
     """By position or name: the number of tensors of a tuple, -1 for a tensor, or (value,) for any other argument."""
     tensors: tuple[Any, ...]
     mode: tuple[Any, ...]
@@ -55,39 +55,39 @@ class _Signature:
     @classmethod
     def read(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Signature, list[Tensor]] | None:
         """Returns the signature of a call and its tensors, the hidden states first; None: a graph cannot hold it."""
-        places: list[tuple[Any, Any]] = []
+        layout: list[tuple[Any, Any]] = []
         tensors: list[Tensor] = []
         for name, value in (*enumerate(args), *kwargs.items()):
             if name in OF_THE_LOSS:
                 continue
             if isinstance(value, Tensor):
-                places.append((name, -1))
+                layout.append((name, -1))
                 tensors.append(value)
             elif isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
-                places.append((name, len(value)))
+                layout.append((name, len(value)))
                 tensors += value
             elif value is None or isinstance(value, (bool, int, float, str)):
-                places.append((name, (value,)))
+                layout.append((name, (value,)))
             else:
                 return None
-        if not places or places[0] != (0, -1) or any(tensor.requires_grad for tensor in tensors[1:]):
+        if not layout or layout[0] != (0, -1) or any(tensor.requires_grad for tensor in tensors[1:]):
             return None
         kind = tensors[0].device.type
         mode = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
-        return cls(tuple(places), shapes, mode), tensors
+        return cls(tuple(layout), shapes, mode), tensors
 
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments of a call with other tensors."""
         source, args, kwargs = iter(tensors), [], {}
-        for name, place in self.places:
+        for name, held in self.layout:
             value: Any
-            if place == -1:
+            if held == -1:
                 value = next(source)
-            elif isinstance(place, int):
-                value = tuple(next(source) for _ in range(place))
+            elif isinstance(held, int):
+                value = tuple(next(source) for _ in range(held))
             else:
-                (value,) = place
+                (value,) = held
             if isinstance(name, int):
                 args.append(value)
             else:

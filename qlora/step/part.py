@@ -129,6 +129,10 @@ class Request:
     def of_switch(cls, trainer: TrainerConfig, name: str) -> Request:
         """Returns what the key `trainer.NAME` asks for: true, false or auto."""
         value = getattr(trainer, name)
+        if trainer.context_parallel > 1 and name in ("fused_attention", "fused_loss"):  # which share rows
+            return cls(
+                True, f"trainer.context_parallel={trainer.context_parallel} needs trainer.{name}", "leave it out"
+            )
         return cls(value, f"trainer.{name}={str(value).lower()}", f"set trainer.{name}=auto")
 
 

@@ -30,6 +30,7 @@ from qlora.planning.time_plan import Operations, active_adapters, count_operatio
 from qlora.planning.training_plan import read_setup
 from qlora.runtime import console, distributed
 from qlora.runtime.device import free_memory, matrix_rate
+from qlora.runtime.row_processes import row_processes
 from qlora.runtime.run_folder import config_digest
 from qlora.runtime.sweep_job import TRIAL_VARIABLE
 from qlora.session import Session
@@ -123,6 +124,8 @@ def build_trainer(
         callbacks=[*_run_callbacks(session, tracker, page, meter), *callbacks],
         needed=session.keep_rule.needed,
         stream=data.stream,
+        shared=row_processes(config.trainer.context_parallel),
+        most_rows=limits.max_rows if (limits := _limits(session)) is not None else 0,
     )
     switch_cache(base_of(model) if isinstance(model, PeftModel) else model, on=False)
     if config.data.packing:

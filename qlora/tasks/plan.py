@@ -143,7 +143,7 @@ def _build_result(plan: Plan, folder: RunFolder) -> TaskResult:
         "plan_needed_gb": memory.needed / 1e9,
         "plan_paged_gb": memory.paged / 1e9,
         "plan_needed_with_paged_gb": memory.comfortable / 1e9,
-        "plan_host_gb": memory.host / 1e9,
+        "plan_host_gb": (memory.host + memory.offloaded) / 1e9,
         "plan_fits": float(plan.fits),
         **({"plan_tokens_per_second": speed.tokens_per_second} if speed else {}),
         **({"plan_hours": plan.hours} if plan.hours is not None else {}),
@@ -210,6 +210,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     else:
         checkpointing = "no checkpointing"
         checkpointing += f", decoded experts of {setup.kept} layers kept" if setup.kept else ""
+    shared = f", each shared by {setup.shared_by} GPUs like this" if setup.shared_by > 1 else ""
     checkpointing += f", experts of {setup.waiting} layers on the host" if setup.waiting else ""
     console.start_screen(
         [
@@ -217,7 +218,7 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
             ("GPU", f"{gpu.name}: {_gb(gpu.memory)} GB"),
             ("limit", describe_limit(config.data, config.model.name, shape.context)),
             ("training", f"{trained}, {setup.optim}, {setup.rows} x {plan.training.accumulation} rows of "
-             f"up to {setup.length:,} tokens, {checkpointing}, {setup.step.value} step"),
+             f"up to {setup.length:,} tokens{shared}, {checkpointing}, {setup.step.value} step"),
         ]
     )  # fmt: skip
     unit = GB if memory.needed >= GB.size else MB
@@ -231,6 +232,9 @@ def print_plan(plan: Plan, why_not: str = "") -> None:
     console.say(
         Text.assemble(("  needed".ljust(30), "cyan"), unit.show(memory.needed).rjust(8), "  ", (verdict, style))
     )
+    if memory.offloaded:
+        kept = "inputs and outputs of attention" if setup.is_long else "inputs of layers"
+        _numbers([("layers on the host", memory.offloaded, f'{kept}, in its pinned memory, not in "needed"')], unit)
     if memory.host:
         _numbers([("experts on the host", memory.host, 'in its pinned memory, not in "needed"')], unit)
     if memory.paged:

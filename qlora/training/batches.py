@@ -18,6 +18,8 @@ from transformers.trainer_utils import seed_worker
 from qlora.objectives import Objective
 from qlora.objectives.protocol import IGNORED, SHARED_ROWS
 from qlora.objectives.row_loss import RowLoss
+from qlora.runtime.row_processes import ALONE, RowProcesses
+from qlora.step.kernels.sharded_rows import take_share
 from qlora.training.sampler import LengthGroupedSampler, OrderedSampler, SharedBatches, ShuffledSampler
 from qlora.upstream.torch import Rows, as_dataset
 
@@ -44,17 +46,28 @@ class CountingCollator:
     objective: Objective
     blank: dict[str, Any]
     """A row without labels, for a process that has no rows left while others have: it takes part in the step."""
+    shared: RowProcesses = ALONE
+    """The processes that share each row."""
+    most_rows: int = 0
+    """The most rows in a pack, with those of its padding; 0: rows are not packed."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows or [self.blank])
         batch["labels"] = self.objective.labels(batch)
+        counts = tuple(self._fraction(number) if rows else 0 for number in self.count(batch))
+        if self.shared.count > 1:
+            batch = take_share(batch, self.shared, len(batch["labels"]) * max(self.most_rows, 2) + 1)
         targets = (batch["labels"] != IGNORED).flatten(1).sum(1).numpy()
-        counts = tuple(number if rows else 0 for number in self.count(batch))
         saved = int((batch[SHARED_ROWS[2]] >= 0).sum()) if rows and SHARED_ROWS[2] in batch else 0
         counted: dict[str, Any] = {TARGETS: targets, COUNTS: counts, SAVED: saved}
         if isinstance(self.objective, RowLoss):
             counted[WEIGHTS] = self.objective.count(batch).numpy()
         return {**batch, **counted}
+
+    def _fraction(self, number: int) -> int:
+        """Returns the part of a number that is this process's, so that those of all processes add up."""
+        even, rest = divmod(number, self.shared.count)
+        return even + (rest if self.shared.index == 0 else 0)
 
 
 class Stream(Protocol):
@@ -88,14 +101,14 @@ def split(batch: Micro, chunks: int) -> list[Micro]:
 
 
 def share_batches(
-    arguments: TrainingArguments, lengths: Sequence[int], rows: int, *, in_order: bool = False
+    arguments: TrainingArguments, lengths: Sequence[int], rows: int, shared: RowProcesses, *, in_order: bool = False
 ) -> SharedBatches:
     """Returns the order of the batches of this process; `in_order`: that of the rows, which are shuffled already.
 
     transformers' grouping goes from the longest rows to the shortest, and between processes it fills the last batches
     up with rows that were trained before.
     """
-    processes, batch = arguments.world_size, arguments.train_batch_size
+    processes, batch = arguments.world_size // shared.count, arguments.train_batch_size
     if in_order:
         order: Any = OrderedSampler(rows)
     elif arguments.train_sampling_strategy == "group_by_length":
@@ -103,7 +116,7 @@ def share_batches(
         order = LengthGroupedSampler(lengths, size, arguments.seed)
     else:
         order = ShuffledSampler(rows, arguments.seed)
-    return SharedBatches(order, batch, process=arguments.process_index, processes=processes)
+    return SharedBatches(order, batch, process=arguments.process_index // shared.count, processes=processes)
 
 
 def build_loader(

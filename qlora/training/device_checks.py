@@ -38,6 +38,13 @@ def check_processes(trainer: TrainerConfig, model: ModelConfig) -> None:
             f"trainer.parallel=fsdp shards the base over several processes, and this is one alone; "
             f"{distributed.LAUNCH_HINT}, or leave it out"
         )
+    if rest := distributed.world_size() % trainer.context_parallel:
+        launched = "this is one alone" if distributed.world_size() == 1 else f"{distributed.world_size()} were launched"
+        raise ConfigError(
+            f"trainer.context_parallel={trainer.context_parallel} has that many processes share a row, and {launched}"
+            f"{f', {rest} too many' if distributed.world_size() > trainer.context_parallel else ''}; launch a multiple "
+            f"of {trainer.context_parallel} ({distributed.LAUNCH_HINT}), or leave it out"
+        )
     if distributed.world_size() > 1 and (model.device_map or model.max_memory):
         raise ConfigError(
             f"model.device_map and model.max_memory spread one process over several GPUs, and "

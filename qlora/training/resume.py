@@ -14,6 +14,7 @@ from qlora.config.schema import Config, Resume
 from qlora.errors import RunError
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import write_text
+from qlora.runtime.row_processes import row_takers
 from qlora.runtime.run_folder import RunFolder, config_digest
 from qlora.runtime.trained import RUNS
 from qlora.text import quoted, terminal_width, wrap_command
@@ -60,7 +61,9 @@ def _check_processes(checkpoint: Path, written: Mapping[str, Any], config: Confi
         same = "the same rows, but dropout draws other masks" if rows == rows_a_step else "other rows"
         log.warning("resume=force: %s%s", what, same)
         return
-    accumulated, rest = divmod(rows or 0, config.trainer.per_device_train_batch_size * distributed.world_size())
+    accumulated, rest = divmod(
+        rows or 0, config.trainer.per_device_train_batch_size * row_takers(config.trainer.context_parallel)
+    )
     same = f", with the same rows if trainer.gradient_accumulation_steps={accumulated}" if rows and not rest else ""
     raise RunError(
         f"{what}other rows; start {previous} again, or {ANOTHER_FOLDER}; resume=force resumes in spite of it{same}"

@@ -38,6 +38,7 @@ from qlora.objectives import Objective
 from qlora.objectives.row_loss import RowLoss
 from qlora.runtime import distributed
 from qlora.runtime.atomic_files import read_json, write_text
+from qlora.runtime.row_processes import ALONE, RowProcesses
 from qlora.training.bad_rows import NamedRow, find_bad_rows
 from qlora.training.batches import (
     COUNTS,
@@ -128,13 +129,16 @@ class QLoraTrainer(Trainer):
         needed: Needed = needs_none,
         ranks: Ranks | None = None,
         stream: Stream | None = None,
+        shared: RowProcesses = ALONE,
+        most_rows: int = 0,
     ) -> None:
         """Takes the parts of a training run.
 
         `measure` measures the held-out rows, `verify` completes and checks a saved adapter, and `name_rows` returns the
         rows of an item of `rows` with their names: those in a pack. `needed` names the checkpoints that
         `save_total_limit` leaves; `metadata` is stored with each checkpoint. `ranks` is the schedule of an adapter
-        whose ranks change. `stream` is `rows` where these are read as they are needed.
+        whose ranks change. `stream` is `rows` where these are read as they are needed. `shared` are the processes that
+        share each row, and `most_rows` the most rows of a pack.
         """
         check_trainer()
         self.measure, self.verify, self.rows, self.lengths = measure, verify, rows, lengths
@@ -153,7 +157,7 @@ class QLoraTrainer(Trainer):
             args=arguments,
             train_dataset=as_dataset(rows),
             eval_dataset=as_dataset([]),  # unused: `evaluate` below measures
-            data_collator=CountingCollator(collate, count, objective, without_labels(rows[0])),
+            data_collator=CountingCollator(collate, count, objective, without_labels(rows[0]), shared, most_rows),
             callbacks=[meter, *callbacks, self.agreement],
         )
         self.add_callback(_LossRecall(self))
@@ -200,7 +204,8 @@ class QLoraTrainer(Trainer):
     def _first_item(self, step: int) -> int:
         """Returns the number of the item of a stream that is the first one behind a step."""
         arguments = self.args
-        micro_batches = arguments.gradient_accumulation_steps * arguments.world_size
+        groups = arguments.world_size // self.data_collator.shared.count
+        micro_batches = arguments.gradient_accumulation_steps * groups
         return step * arguments.train_batch_size * micro_batches
 
     def _find_good_checkpoint(self, order: Rollback) -> Path:
@@ -257,7 +262,8 @@ class QLoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the batches of this process."""
-        self._shared = share_batches(self.args, self.lengths, len(self.rows), in_order=self.stream is not None)
+        in_order, shared = self.stream is not None, self.data_collator.shared
+        self._shared = share_batches(self.args, self.lengths, len(self.rows), shared, in_order=in_order)
         non_blocking = self.accelerator.non_blocking
         return build_loader(
             self.rows, self._shared, self.data_collator, self.args, non_blocking=non_blocking

@@ -487,3 +487,33 @@ def test_a_prompt_that_both_answers_share_takes_room_and_time_once(
     said = screen(capsys, *model, *rows)
     assert f"prompts          once for both answers of a pair: {1 - 1 / shared.attended:.0%} of the tokens" in said
     assert "once for both answers" not in screen(capsys, *model, *rows, "trainer.fused_attention=false")
+
+
+@pytest.mark.parametrize(("length", "budget"), [(32_768, 16), (131_072, 80)])
+def test_a_long_row_of_an_8b_model_fits(length: int, budget: int, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["model=llama-3.1-8b", "model.weights=random", "lora.r=64", "lora.dropout=0", f"plan.length={length}",
+              "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=1",
+              f"trainer.memory_budget={budget}GB"]  # fmt: skip
+    plan = build(*chosen, device="h200")
+    assert plan.fits
+    assert plan.setup.checkpointed == 32
+    assert plan.memory.peak + plan.memory.paged <= budget * 1e9
+    kept = length * (2 * 4096 + 4096 * 2 + 4 * 32)  # of a layer: its input, the output of attention and the sums
+    assert plan.memory.offloaded == plan.setup.offloaded * kept
+    print_plan(plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "inputs and outputs of attention, in its pinned memory" in said
+
+
+def test_a_row_that_processes_share_needs_less_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["model=llama-3.1-8b", "model.weights=random", "lora.r=64", "plan.length=131072",
+              "trainer.per_device_train_batch_size=1", "trainer.gradient_checkpointing=true"]  # fmt: skip
+    alone, four = build(*chosen, device="h200"), build(*chosen, "trainer.context_parallel=4", device="h200")
+    assert (alone.setup.tokens, four.setup.tokens) == (131_072, 32_768)
+    fixed = sum(alone.memory.parts[name] for name in ("weights", "embeddings and norms", "adapters"))
+    gathered = 4 * 2 * 1024 * 2 * 32_768  # keys and values of all, and their gradients thrice
+    assert four.memory.peak - fixed > (alone.memory.peak - fixed) / 4
+    assert four.memory.peak - fixed < (alone.memory.peak - fixed) / 4 + 4 * gathered + 3e9
+    assert four.hours < alone.hours / 3
+    print_plan(four)
+    assert "each shared by 4 GPUs like this" in " ".join(capsys.readouterr().out.split())

@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from qlora.upstream import flash_attn, transformers_model
+from qlora.upstream import flash_attn, torch_attention, transformers_model
 from qlora.upstream import torch as private
 
 
@@ -86,3 +86,33 @@ def test_flash_attention_4_returns_two_results(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
     flash_attn.return_two_results()
     assert interface._flash_attn_fwd("more") == ("output", "sums")
+
+
+def test_attention_s_kernels_take_what_they_are_given() -> None:
+    for name, parameters in {
+        "_flash_attention_forward": (
+            "Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, "
+            "float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
+            "SymInt? window_size_left=None, SymInt? window_size_right=None"
+        ),
+        "_flash_attention_backward": (
+            "Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, "
+            "Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor rng_state, "
+            "Tensor unused, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None"
+        ),
+        "_scaled_dot_product_cudnn_attention": (
+            "Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., "
+            "bool is_causal=False, bool return_debug_mask=False, *, float? scale=None"
+        ),
+        "_scaled_dot_product_cudnn_attention_backward": (
+            "Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+            "Tensor philox_seed, Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, "
+            "SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, *, float? scale=None"
+        ),
+    }.items():
+        assert parameters in str(getattr(torch.ops.aten, name).default._schema), name
+
+
+def test_cudnn_s_attention_can_be_asked_for() -> None:
+    q, k = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    assert not torch_attention.takes_cudnn(q, k, k)  # on a CPU

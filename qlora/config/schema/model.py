@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from qlora.config.registries.rope_scaling import check_rope_scaling
 from qlora.config.schema.code_names import check_plain
 from qlora.config.schema.values import HOLDS, MAPPINGS
 from qlora.errors import ConfigError, require
@@ -159,6 +160,10 @@ class ModelConfig:
     """The most memory that the weights may take on each GPU, e.g. `40GiB` (the original's `--max_memory_MB`)."""
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2` or any other name that transformers knows; unset: its choice."""
+    rope_scaling: Any = field(default=None, metadata={HOLDS: dict[str, Any] | None})
+    """How rotary positions are stretched for rows that are longer than what the model reads, by transformers' names,
+    e.g. `{rope_type: yarn, factor: 4}`; the types `linear`, `dynamic`, `yarn`, `longrope`, `llama3`
+    (docs/long-contexts.md). It takes the place of what the model's own config says; unset: that is kept."""
     new_tokens: list[str] = field(default_factory=list)
     """Tokens to add to the vocabulary; their embedding rows are trained and saved with the adapter. Those in angle
     brackets are special: marks of a template, which decoded answers leave out."""
@@ -170,6 +175,8 @@ class ModelConfig:
     """The shape of the model, as its own config file states it."""
 
     def __post_init__(self) -> None:
+        if self.rope_scaling is not None:
+            check_rope_scaling(self.rope_scaling)
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
             raise ConfigError(
                 f"model.attn_implementation={self.attn_implementation}: this is code of a hub repository; set "
@@ -188,3 +195,14 @@ class ModelConfig:
                 "model.max_memory out"
             )
         self.tokenizer = self.tokenizer or "tiny"
+
+    @property
+    def known_architecture(self) -> ArchitectureConfig | None:
+        """The shape of the model where the config states it; None: that of a model that is only named lies with it."""
+        if self.architecture is None or self.weights is Weights.random:
+            return self.architecture
+        from qlora.config.options import model_presets  # which reads the schema
+
+        stated = {field.name: getattr(self.architecture, field.name) for field in fields(self.architecture)}
+        of_name = (preset["architecture"] for preset in model_presets().values() if preset["name"] == self.name)
+        return self.architecture if stated in of_name else None

@@ -15,6 +15,7 @@ from qlora.config.optimizers import check_installed
 from qlora.config.registries.objectives import RowKind
 from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.config.registries.quantization_methods import AUTO, load_method
+from qlora.config.registries.rope_scaling import NO_ROPE, check_has_rope, check_positions, scaled_context
 from qlora.config.schema.code_names import (
     CALLBACK_PACKAGES,
     FUNCTION_PATH,
@@ -23,7 +24,7 @@ from qlora.config.schema.code_names import (
     check_trusted,
     is_installed_callback,
 )
-from qlora.config.schema.data import DataConfig
+from qlora.config.schema.data import ROW_LENGTH, DataConfig
 from qlora.config.schema.evaluation import (
     METRIC_LIBRARY,
     EvaluationConfig,
@@ -146,7 +147,9 @@ class Config:
             if self.trainer.parallel is Parallel.fsdp:
                 self._check_fsdp()
             self._check_adapter_kind()
+            self._check_context_parallel()
         self._check_offload()
+        self._check_rope()
         self._check_watchdog()
         self._check_loss()
         trains = self.task.name is TaskName.train and self.task.train
@@ -327,6 +330,42 @@ class Config:
                 raise ConfigError(
                     f"lora.kind={lora.kind} and {name} exclude each other: {reason}; leave one of them out"
                 )
+
+    def _check_context_parallel(self) -> None:
+        """Refuses what cannot be computed where several processes share a row."""
+        trainer, name = self.trainer, self.loss.name
+        if trainer.context_parallel == 1:
+            return
+        reasons = {
+            "trainer.parallel=fsdp": (trainer.parallel is Parallel.fsdp, "each process must hold the whole base"),
+            "trainer.fused_attention=false": (trainer.fused_attention is False, "that part attends across processes"),
+            "trainer.fused_loss=false": (trainer.fused_loss is False, "that part takes the labels of shared rows"),
+            "trainer.memory_budget": (trainer.memory_budget is not None, "its formula counts rows of one process"),
+            f"loss.name={name}": (name != "sft", "only the loss of single tokens is computed in parts"),
+            f"trainer.neftune_noise_alpha={trainer.neftune_noise_alpha}": (
+                trainer.neftune_noise_alpha is not None, "its noise is scaled by the length of whole rows"),
+        }  # fmt: skip
+        for other, (is_set, reason) in reasons.items():
+            if is_set:
+                raise ConfigError(
+                    f"trainer.context_parallel={trainer.context_parallel} and {other} exclude each other: {reason}; "
+                    "leave one of them out"
+                )
+
+    def _check_rope(self) -> None:
+        """Refuses to stretch positions that are not rotary, and rows beyond the positions of a model that is known."""
+        model, length = self.model, self.data.max_length
+        is_usual = model.rope_scaling is None and length in (None, ROW_LENGTH)
+        if is_usual or (shape := model.known_architecture) is None:
+            return
+        has_rope = shape.model_type not in NO_ROPE and shape.options.get("position_embedding_type", "rope") == "rope"
+        check_has_rope(model.rope_scaling, shape.model_type, has_rope=has_rope)
+        is_scaled, context = model.rope_scaling is not None, shape.max_position_embeddings
+        if is_scaled:
+            context = scaled_context(model.rope_scaling, context) or context
+        trains = self.task.name is TaskName.train and self.task.train
+        if trains and length not in (None, ROW_LENGTH) and length > context:
+            check_positions(length, context, model.name, has_rope=has_rope, is_scaled=is_scaled)
 
     def _check_offload(self) -> None:
         """Refuses to have experts wait in the host's memory where they cannot."""

@@ -115,6 +115,9 @@ class TrainerConfig:
     """How the processes of torchrun or accelerate share the work. `ddp`: each holds the whole base. `fsdp`: each holds
     a part of every decoder layer of the frozen base, for bases that do not fit one GPU; the adapter stays whole.
     Gradients are averaged over all tokens of a step in both."""
+    context_parallel: int = 1
+    """Processes that share each row, neighbours of one launch: each computes a part of its tokens and gathers the keys
+    and values of all (docs/long-contexts.md). Their number must be a multiple of it; 1: no row is shared."""
     group_by_length: bool = True
     """Make batches of rows with about equal token counts, which saves padding."""
     logging_steps: int = 10
@@ -157,7 +160,10 @@ class TrainerConfig:
         for name in ("max_steps", "num_train_epochs", "save_total_limit"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"trainer.{name}", "be positive or null", value)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        for name in (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "context_parallel",
+        ):  # fmt: skip
             require(getattr(self, name) > 0, f"trainer.{name}", "be positive", getattr(self, name))
         for name in ("learning_rate", "adam_epsilon"):
             value = getattr(self, name)

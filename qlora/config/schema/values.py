@@ -14,6 +14,7 @@ MAPPINGS = {
     "lora.options": "{d_initial: 0.1}",
     "lora.rank_pattern": "{down_proj: 16}",
     "lora.alpha_pattern": "{down_proj: 32}",
+    "model.rope_scaling": "{rope_type: yarn, factor: 4}",
     "serve.adapters": "{poet: outputs/runs/poet}",
     "model.architecture.options": "{linear_num_value_heads: 16}",
 }

@@ -16,6 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from qlora.config.registries.objectives import RowKind
 from qlora.config.schema import FlashAttention
+from qlora.experts.layout import find_experts
 from qlora.step.kernels.attention import (
     NEWER_FLASH,
     attend_batch,
@@ -28,6 +29,8 @@ from qlora.step.kernels.attention import (
     has_varlen,
     wide_tiles,
 )
+from qlora.step.kernels.kept_attention import attend_kept, is_on
+from qlora.step.kernels.sharded_rows import STARTS, attend_shared
 from qlora.step.kernels.shared_prompts import NAMES, SharedRows, to_cells, to_tokens
 from qlora.step.part import IGNORED, SPREAD, ConfiguredPart, Packs, Request, StepContext
 from qlora.upstream.transformers_model import (
@@ -76,14 +79,28 @@ class FusedAttention(ConfiguredPart):
         if special or not takes_any_attention(self.context.base):
             detail = f" ({special[0]})" if special else ""
             return f"{settings.model_type} has an attention of its own{detail}"
+        if self.context.trainer.context_parallel > 1 and (reason := self._why_not_shared()) is not None:
+            return reason
         return None
+
+    def _why_not_shared(self) -> str | None:
+        """Returns why several processes cannot share a row."""
+        settings, base = self.config.get_text_config(), self.context.base
+        if not mixes_by_attention_alone(base):
+            return f"{settings.model_type} reads other tokens not by attention alone"
+        if self._needs_flex() or find_experts(base):
+            return f"{settings.model_type} has caps, sinks or experts, which are computed of whole rows"
+        return None
+
+    def _needs_flex(self) -> bool:
+        modules = (module for layer in self.context.layers for module in layer.modules())
+        has_sinks = any(getattr(module, "sinks", None) is not None for module in modules)
+        return has_sinks or bool(getattr(self.config.get_text_config(), "attn_logit_softcapping", None))
 
     def prepare(self) -> None:
         """Notes whether FlashAttention computes what the model does, or `flex_attention` must."""
         settings = self.config.get_text_config()
-        modules = (module for layer in self.context.layers for module in layer.modules())
-        has_sinks = any(getattr(module, "sinks", None) is not None for module in modules)
-        self._is_flexible = has_sinks or bool(getattr(settings, "attn_logit_softcapping", None))
+        self._is_flexible = self._needs_flex()
         self._windows = {None, getattr(settings, "sliding_window", None)}
         is_of_pairs = getattr(self.context.objective, "rows", None) is RowKind.pairs
         self.shares_prompts = is_of_pairs and mixes_by_attention_alone(self.context.base)
@@ -107,6 +124,12 @@ class FusedAttention(ConfiguredPart):
         model with a sliding window, or that needs `flex_attention`, such a batch is laid out too. Where answers share
         prompts, `input_ids` and `position_ids` are those of their tokens, and the rest is that of whole rows.
         """
+        if STARTS in batch:
+            set_attention(self.config, VARLEN)
+            starts = batch[STARTS]
+            return {name: value for name, value in batch.items() if name != STARTS} | {
+                "cu_seqlens": starts, "max_seqlen": 0, STARTS: starts
+            }  # fmt: skip
         ids = batch["input_ids"]
         count, width = ids.shape
         shared_rows = SharedRows.of(batch) if self.shares_prompts and NAMES[0] in batch else None
@@ -190,6 +213,9 @@ def attend_padded(
     `query` is [rows, heads, tokens, width]; returns [rows, tokens, heads, width].
     """
     _check_arguments(module, attention_mask, kwargs)
+    if is_on():
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+        return attend_kept(q, k, v, scaling), None
     return attend_batch(query, key, value, scaling).transpose(1, 2), None
 
 
@@ -208,22 +234,31 @@ def attend_packed(
     s_aux: Tensor | None = None,
     block_masks: dict[int | None, BlockMask] | None = None,
     tiles: dict[str, int] | None = None,
+    row_starts: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside the rows of a variable-length batch, in transformers' signature.
 
     `query` is [1, heads, tokens, width]; `cu_seqlens`, int32 [rows + 1], holds the first token of each row and the
     end; `max_seqlen` is the maximum number of tokens in a row. `s_aux` [heads] are sinks. `block_masks` are those of
-    `cu_seqlens` by window, where `flex_attention` is needed, and `tiles` those for wide heads. Returns [1, tokens,
+    `cu_seqlens` by window, where `flex_attention` is needed, and `tiles` those for wide heads. `row_starts` are given
+    where processes share the rows. Returns [1, tokens,
     heads, width].
     """
     _check_arguments(module, attention_mask, kwargs)
     if cu_seqlens is None:  # the model drops arguments that it does not know, and rows would attend to each other
         raise NotImplementedError(f"{type(module).__name__} gets no cu_seqlens: {FALSE}")
+    if row_starts is not None:
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+        return attend_shared(q, k, v, row_starts, scaling, sliding_window), None
     if block_masks is not None:
         mask = block_masks[sliding_window]
         output = attend_flex(query, key, value, mask, scaling, softcap=softcap, sinks=s_aux, tiles=tiles)
         return output.transpose(1, 2).contiguous(), None
+    if is_on() and softcap is None and s_aux is None:
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+        lengths: dict[str, Any] = {"cu_q": cu_seqlens, "max_q": max_seqlen, "window": sliding_window}
+        return attend_kept(q, k, v, scaling, **lengths), None
     q, k, v = (tensor.transpose(1, 2).squeeze(0).contiguous() for tensor in (query, key, value))
     if softcap is None and s_aux is None:
         return attend_varlen(q, k, v, cu_seqlens, max_seqlen, scaling, sliding_window).unsqueeze(0), None

@@ -56,6 +56,8 @@ class FusedLoss(ConfiguredPart):
         """Returns the loss of a batch with at most `targets` labels that count; None: their number is not known."""
         labels, count = batch.pop("labels"), batch.pop("num_items_in_batch", None)
         hidden = hidden_states(self.base, batch)
+        if labels.shape[1] > hidden.shape[1]:  # of a shared row, whose last token may have a label
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
         if targets is not None and getattr(self.context.objective, "is_tokenwise", False):
             hidden, labels = before_labels(hidden, labels, targets)
         hidden, weight = self.operands(hidden)
