@@ -2,12 +2,16 @@
 Unsloth where it is installed.
 
     python benchmarks/generation.py [--model llama-7b] [--batches 1 16 64 256] [--prompts 128 2048] [--tokens 128]
-                                    [--contestants slots transformers] [--small] [--json FILE] [-- KEY=VALUE]
+                                    [--contestants slots transformers] [--rows 1000] [--small] [--json FILE]
+                                    [-- KEY=VALUE]
 
 Random weights in NF4 with double quantization, adapters of rank 64 on all linear layers (of a mixture of experts 16, on
 its experts too), greedy; no token ends an answer. Each contestant is a process of its own and answers random prompts of
 the same length twice; the second time counts. The first token, with the reading of prompts, is timed apart from the
 steps that decode one token of each row. Unsloth loads the same weights from a checkpoint, which is written first.
+
+`--rows` times `evaluation=exact-match` in place of that: the answers to as many held-out rows, each of `--tokens`
+tokens, and their score, by a model that is loaded; compiling and capturing are counted the first time.
 """
 
 from __future__ import annotations
@@ -86,6 +90,34 @@ def measure(
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
     return results
+
+
+def measure_rows(overrides: list[str], rows: int, tokens: int) -> dict[str, Any]:
+    """Measures the exact match of held-out rows in this process, twice; returns the seconds of both."""
+    from qlora.config.compose import compose
+    from qlora.run import Run
+    from qlora.runtime.device import device_name, peak_memory_gb
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        texts = (
+            {"instruction": f"count the stones of tower {index}", "output": f"{index} stones"}
+            for index in range(2 * rows)
+        )
+        file.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+        length = [f"generation.max_new_tokens={tokens}", f"generation.min_new_tokens={tokens}"]
+        data = ["data=local", f"data.path={file}", f"data.eval_dataset_size={rows}", f"data.cache_dir={folder}/cache"]
+        session = Run(compose([*EVERY, *data, "evaluation=exact-match", *overrides, *length]), folder).session
+        model, seconds = session.add_adapter(session.load_base()), []
+        device = session.placement.device
+        for _ in range(2):
+            started = _seconds(device)
+            answered = session.measurer.predict(model, None)
+            assert session.measurer.score(answered).metrics["exact_match"] <= 1
+            assert [record["answer_tokens"] for record in answered] == [tokens] * rows
+            seconds.append(_seconds(device) - started)
+    return {"first_seconds": seconds[0], "again_seconds": seconds[1], "peak_gb": peak_memory_gb(device),
+            "device": device_name(device)}  # fmt: skip
 
 
 def load(config: Any, folder: str) -> tuple[Any, Answer]:
@@ -191,6 +223,17 @@ def to_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def to_rows_table(results: list[dict[str, Any]]) -> str:
+    """Returns a table of what `measure_rows` returned."""
+    lines = ["| contestant | the first time, s | again, s | peak, GB |", "| --- | ---: | ---: | ---: |"]
+    for result in results:
+        numbers = [result.get("failure", ""), "", ""]
+        if "failure" not in result:
+            numbers = [f"{result[name]:.1f}" for name in ("first_seconds", "again_seconds", "peak_gb")]
+        lines.append(f"| {' | '.join([result['contestant'], *numbers])} |")
+    return "\n".join(lines)
+
+
 def run_apart(task: dict[str, Any]) -> list[dict[str, Any]]:
     """Does a task in a process of its own; returns what it measured, or the end of what it said when it failed."""
     command = [sys.executable, __file__, "--worker", json.dumps(task)]
@@ -209,6 +252,8 @@ def work(task: dict[str, Any]) -> list[dict[str, Any]]:
 
         save_base(task["base"], task["overrides"])
         return []
+    if "rows" in task:
+        return [measure_rows(**task)]
     if "base" in task:
         os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
         os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(task["base"]).with_name("unsloth_compiled_cache"))
@@ -235,6 +280,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 2048], help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument("--rows", type=int, help="time the exact match of as many rows instead")
     parser.add_argument("--small", action="store_true", help="a narrow model, for a try on a CPU")
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -245,18 +291,23 @@ def main() -> None:
         return
     shape = [f"model={arguments.model}", *(small_shape(arguments.model) if arguments.small else [])]
     shape += [*(ADAPTED_EXPERTS if is_mixture(shape) else []), *arguments.overrides]
-    sizes = {"batches": arguments.batches, "prompts": arguments.prompts, "tokens": arguments.tokens}
+    sizes: dict[str, Any] = {"batches": arguments.batches, "prompts": arguments.prompts, "tokens": arguments.tokens}
+    if arguments.rows:
+        sizes = {"rows": arguments.rows, "tokens": arguments.tokens}
     about = f"{datetime.date.today()}, {describe_machine()}, {describe_versions('peft', 'bitsandbytes')}"
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.contestants:
+            if arguments.rows and name == UNSLOTH:
+                continue
             measured = run_contestant(name, shape, sizes, str(Path(folder) / "base"))
             results += [{"contestant": name, **result} for result in measured]
             print(*measured, sep="\n", file=sys.stderr, flush=True)
             if arguments.json:
                 arguments.json.write_text(json.dumps({"about": about, "results": results}, indent=2), encoding="utf-8")
     devices = {result["device"] for result in results if "device" in result}
-    print("\n\n".join([", ".join([about, *sorted(devices)]), to_table(results)]))
+    table = to_rows_table(results) if arguments.rows else to_table(results)
+    print("\n\n".join([", ".join([about, *sorted(devices)]), table]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def answer_rows(
     """
     rows = measurer.rows
     answers = AnswerLog(unfinished, decided_by, len(rows))
-    batches = dict(enumerate(plan_batches(prompt_lengths(rows), measurer.generation.batch_size)))
+    batches = dict(enumerate(plan_batches(prompt_lengths(rows), measurer.generation.rows)))
     left = {index: batch for index, batch in batches.items() if not answers.has(batch)}
     if left:
         model = load_model()

@@ -148,7 +148,7 @@ class Measurer:
     def predict(self, model: torch.nn.Module, count: int | None) -> list[dict[str, Any]]:
         """Returns a record for each of the first `count` rows, or of all (None), in their order."""
         rows = self.rows if count is None else self.rows.select(range(min(count, len(self.rows))))
-        batches = dict(enumerate(plan_batches(prompt_lengths(rows), self.generation.batch_size)))
+        batches = dict(enumerate(plan_batches(prompt_lengths(rows), self.generation.rows)))
         answers: dict[int, Answer] = {}
         with console.progress("answering", len(rows)) as update:
             for batch in self.answer(model, rows, batches):

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 
 from qlora.config.schema import GenerationConfig
-from qlora.config.schema.generation import Loop, Weights
+from qlora.config.schema.generation import GPU_ROWS, ROWS, Loop, Weights
 from qlora.errors import ConfigError, ResourceError
 from qlora.generation.engine import Engine, Request
 from qlora.generation.experts import decoded_expert_bytes, served_experts
@@ -126,7 +126,8 @@ class Slots:
 
         The model is in evaluation mode, and served. Raises `ResourceError` where not one fits.
         """
-        asked, free = self.config.batch_size, free_bytes(self.device)
+        free = free_bytes(self.device)
+        asked = self.config.batch_size or (GPU_ROWS if self.device.type == "cuda" else ROWS)
         if free is None:
             return asked
         with self.autocast():
@@ -137,7 +138,7 @@ class Slots:
         )
         if fit < 1:
             raise ResourceError(f"generation: {takes}; set a smaller generation.max_new_tokens or data.max_length")
-        if fit < asked and model not in _smaller:
+        if self.config.batch_size is not None and fit < asked and model not in _smaller:
             _smaller.add(model)
             log.warning("%s rows are answered together, not generation.batch_size=%s: %s", fit, asked, takes)
         return min(fit, asked)

@@ -87,7 +87,7 @@ ADDED_KEYS: dict[str, Any] = {
 """Keys that the configs of older runs lack, with the values that those runs have trained with; of `data`, also those
 of the entries of `data.mix`."""
 
-FORMER_DEFAULTS: dict[str, Any] = {"generation.max_new_tokens": 256}
+FORMER_DEFAULTS: dict[str, Any] = {"generation.max_new_tokens": 256, "generation.batch_size": 16}
 """Keys that may be null, with the values that the configs of older runs hold where nothing was asked for."""
 
 

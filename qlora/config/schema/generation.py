@@ -20,6 +20,8 @@ class Loop(Enum):
     transformers = "transformers"
 
 
+ROWS, GPU_ROWS = 16, 64
+"""Prompts at a time where nothing is asked for, and those by slots on a GPU."""
 Weights = Enum("Weights", {"auto": "auto", "4bit": "4bit", "16bit": "16bit"})
 """In what a 4-bit base computes answers."""
 
@@ -28,9 +30,9 @@ Weights = Enum("Weights", {"auto": "auto", "4bit": "4bit", "16bit": "16bit"})
 class GenerationConfig:
     """How answers are generated, in the names of `transformers.GenerationConfig`."""
 
-    batch_size: int = 16
+    batch_size: int | None = None
     """Prompts at a time, the longest first; fewer by slots where half of the free memory does not hold their keys and
-    values, which is said."""
+    values, which is said of a number that was asked for. Null: 16, and by slots on a GPU 64."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; null: 256, or what the longest prompt leaves of the model's context if that is less."""
     min_new_tokens: int | None = None
@@ -73,7 +75,9 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         require(self.max_new_tokens is None or self.max_new_tokens > 0, "generation.max_new_tokens",
                 "be positive or null", self.max_new_tokens)  # fmt: skip
-        for name in ("batch_size", "num_beams", "num_beam_groups", "temperature"):
+        require(self.batch_size is None or self.batch_size > 0, "generation.batch_size", "be positive or null",
+                self.batch_size)  # fmt: skip
+        for name in ("num_beams", "num_beam_groups", "temperature"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"generation.{name}", "be positive", value)
         for name in ("top_k", "no_repeat_ngram_size", "diversity_penalty"):
@@ -89,6 +93,11 @@ class GenerationConfig:
         require(self.num_beams % self.num_beam_groups == 0, "generation.num_beam_groups", "divide generation.num_beams",
                 self.num_beam_groups)  # fmt: skip
         self._check_read()
+
+    @property
+    def rows(self) -> int:
+        """Prompts at a time, where slots on a GPU take no more."""
+        return self.batch_size or ROWS
 
     @property
     def new_tokens(self) -> int:
