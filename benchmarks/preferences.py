@@ -70,6 +70,8 @@ RIVALS = {
 CONTESTANTS = RIVALS | {
     "bf16, equal memory": Contestant(LEAN, is_equal=True),
     "fp8, equal memory": Contestant([*FP8, *LEAN], is_equal=True),
+    "bf16, equal memory, cached reference": Contestant(LEAN, is_cached=True, is_equal=True),
+    "fp8, equal memory, cached reference": Contestant([*FP8, *LEAN], is_cached=True, is_equal=True),
     "bf16, memory free": Contestant(FREE),
     "fp8, memory free": Contestant([*FP8, *FREE]),
     "bf16, memory free, cached reference": Contestant(FREE, is_cached=True),
