@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import kernel_parts  # noqa: E402
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
 
 LONG, PACK, WARM_UP = 2048, 8192, 3
@@ -279,6 +280,8 @@ def time_steps(
         with record(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as trace:
             once()
         print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40), file=sys.stderr)
+        parts = kernel_parts.by_part(kernel_parts.of_trace(trace))
+        print(kernel_parts.to_table(parts, model.config.get_text_config().num_hidden_layers), file=sys.stderr)
     return {
         "tokens_per_second": tokens / seconds,
         "peak_gb": memory.gb(),
@@ -493,7 +496,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured steps")
     parser.add_argument("--layers", type=int, help="fewer decoder layers, where a disk or a GPU is small")
     parser.add_argument("--end-to-end", action="store_true", help="also the whole program, on guanaco")
-    parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
+    parser.add_argument(
+        "--profile", action="store_true", help="also print the kernels of a step, and their time by part"
+    )
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as on qlora's own command line")
