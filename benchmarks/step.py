@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import kernel_parts  # noqa: E402
+import numpy as np  # noqa: E402
 from data_pipeline import describe_machine, describe_versions  # noqa: E402
 
 LONG, PACK, WARM_UP = 2048, 8192, 3
