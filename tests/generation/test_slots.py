@@ -53,7 +53,7 @@ def prompts(count: int) -> list[list[int]]:
 
 def answers(model: nn.Module, asked: list[list[int]], config: GenerationConfig, *, decoded: bool = False,
             seed: int = 0, ends: Sequence[int] = (END,)) -> list[list[int]]:  # fmt: skip
-    engine = Engine(model, Sampler(config, list(ends), seed), slots=config.batch_size, length=20 + config.new_tokens)
+    engine = Engine(model, Sampler(config, list(ends), seed), slots=config.rows, length=20 + config.new_tokens)
     requests = [engine.add(index, prompt, row=index) for index, prompt in enumerate(asked)]
     linears = decoded_linears(model, torch.float32) if decoded else contextlib.nullcontext()
     with linears, torch.inference_mode(), serving(model):
