@@ -144,6 +144,11 @@ class FastStep:
         if self._calls.graphs is not None:
             self._calls.graphs.forget()
 
+    def give_up_graphs(self) -> bool:
+        """Computes layers without graphs from now on; returns whether there were any."""
+        graphs = self._calls.graphs
+        return graphs is not None and graphs.give_up()
+
     @property
     def graph_bytes(self) -> int:
         """What graphs compute in, which torch does not count among the tensors that there are."""

@@ -155,6 +155,13 @@ class LayerGraphs:
         self._trained: dict[int, list[nn.Parameter]] = {}
         self._measured = (0, 0)
 
+    def give_up(self) -> bool:
+        """Frees all graphs and captures none from now on; returns whether there were any."""
+        had_graphs = bool(self._buffers)
+        self.is_on = self.is_on and not had_graphs
+        self.forget()
+        return had_graphs
+
     @property
     def bytes(self) -> int:
         """What graphs compute in, which torch does not count among the tensors that there are."""
@@ -220,8 +227,7 @@ class LayerGraphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.is_on = False
-            self.forget()
+            self.give_up()
             log.warning("layers are computed without CUDA graphs: %s", brief_text(str(error)))
             return False
         finally:

@@ -49,6 +49,8 @@ class Step(Protocol):
 
     def free(self) -> None: ...
 
+    def give_up_graphs(self) -> bool: ...
+
     def __enter__(self) -> Any: ...
 
     def __exit__(self, *error: object) -> None: ...
@@ -228,12 +230,15 @@ class StepMemory:
         self._batches.append(batch)
         waiting = [batch]
         while (loss := self._try(waiting, learn)) is None:
-            leaner = self.plan.leaner(len(self.step.layers), rows)
-            if leaner is None:
+            if self.step.give_up_graphs():
+                log.warning("out of memory in a training step; once more without CUDA graphs")
+            elif (leaner := self.plan.leaner(len(self.step.layers), rows)) is not None:
+                log.warning("out of memory in a training step; once more with %s", leaner)
+                self.plan = leaner
+            else:
                 raise self._too_much()
-            log.warning("out of memory in a training step; once more with %s", leaner)
-            self.plan, self.retries = leaner, self.retries + 1
-            self.step.keep(leaner.kept)
+            self.retries += 1
+            self.step.keep(self.plan.kept)
             forget()
             _free(self.device)
             _set_random_state(self.device, self._random)

@@ -74,6 +74,11 @@ def test_a_model_learns_the_same_by_graphs(
     assert replays(graphs) == [3] * len(step.layers)
     step.free()
     assert not graphs._buffers
+    learn(model, *fast)
+    assert step.give_up_graphs()
+    assert not step.give_up_graphs()
+    check_equal(learn(model, *fast)[0], expected)
+    assert not graphs._buffers
 
 
 class Layer(nn.Module):

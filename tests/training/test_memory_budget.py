@@ -153,6 +153,7 @@ class FakeStep:
     """A step of four layers that does nothing."""
 
     checkpointed, offloaded, layers, base = 0, 0, [torch.nn.Identity()] * 4, torch.nn.Identity()
+    has_graphs = False
 
     def __enter__(self) -> FakeStep:
         return self
@@ -163,9 +164,29 @@ class FakeStep:
     def keep(self, layers: int) -> None:
         assert layers == 0
 
+    def give_up_graphs(self) -> bool:
+        had, self.has_graphs = self.has_graphs, False
+        return had
+
 
 def no_memory(batch: Any) -> torch.Tensor:
     raise torch.OutOfMemoryError("no memory")
+
+
+def test_graphs_are_given_up_before_anything_is_computed_again(caplog: pytest.LogCaptureFixture) -> None:
+    step = FakeStep()
+    step.has_graphs = True
+    memory = StepMemory(step, CPU, None, alone=True)
+    memory.begin()
+    failures = iter([True, True, False])
+
+    def learn(batch: Any) -> torch.Tensor:
+        return no_memory(batch) if next(failures) else torch.zeros(())
+
+    memory.run({"input_ids": torch.ones(2, 3)}, learn, lambda: None, rows=2)
+    said = [record.message.partition("; ")[2] for record in caplog.records]
+    assert said == ["once more without CUDA graphs", "once more with 2 layers checkpointed"]
+    assert memory.retries == 2
 
 
 def test_one_of_several_processes_does_not_begin_again_alone() -> None:
