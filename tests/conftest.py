@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import end_template, warm_starts
+from tests.warm import end_template, keep_frozen, unfreeze, warm_starts
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The test processes already use every core; thread pools of their own would only compete.
@@ -108,12 +108,9 @@ def _thin_matrices(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()
+    keep_frozen()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
+    atexit.register(unfreeze)
 
 
 SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker", "compile_worker")

@@ -262,13 +262,22 @@ _status: int | None = None
 """The exit code of this process; None: Python ends it, as after Ctrl-C."""
 
 
+unfreeze = gc.unfreeze
+
+
+def keep_frozen() -> None:
+    """Freezes what was imported until `unfreeze`; a training run would let it go with what it has frozen itself."""
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
+
+
 def _end() -> None:
     """Ends a forked process after everything else that it does at its end, except to free its modules one by one."""
     if _status is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_status)
-    gc.unfreeze()
+    unfreeze()
 
 
 def _import_all() -> None:
@@ -280,7 +289,7 @@ def _import_all() -> None:
     for name in (*IMPORTED, *(OF_SEARCHES if importlib.util.find_spec("optuna") else ())):
         importlib.import_module(name)
     logging.disable(logging.NOTSET)
-    gc.freeze()
+    keep_frozen()
     gc.enable()
     os.environ.clear()
     os.environ.update(environment)

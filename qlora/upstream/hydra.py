@@ -20,10 +20,11 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 __all__ = ["Hydra", "OverrideLexer"]
 """`Hydra.create_main_hydra2` composes with a search path of ours, which `hydra.initialize_config_dir` does not take.
@@ -114,6 +115,22 @@ class ConfigLoader(ConfigLoaderImpl):
         loaded = super()._load_single_config(default, repo)
         self.check_option(loaded, default.config_path, default.package or "")
         return loaded
+
+
+def store_schema(name: str, schema: type[Any]) -> None:
+    """Stores a dataclass where Hydra looks for schemas, unless it is there; making its nodes takes a while."""
+    stored = ConfigStore.instance().repo.get(f"{name}.yaml")
+    if stored is None or OmegaConf.get_type(stored.node) is not schema:
+        ConfigStore.instance().store(name=name, node=schema)
+
+
+def _itself(store: ConfigStore, _: dict[int, Any]) -> ConfigStore:
+    return store
+
+
+# Hydra copies its sources for every look at a group, and with them all stored schemas, of which there is one store, and
+# whose nodes are copied when they are loaded.
+ConfigStore.__deepcopy__ = _itself  # type: ignore[attr-defined]
 
 
 def compose_with(loader: type[ConfigLoader]) -> None:

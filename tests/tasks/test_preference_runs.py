@@ -14,11 +14,13 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from qlora.config.compose import compose
+from qlora.data.reference_store import WithReference
 from qlora.errors import DataError, RunError
 from qlora.models.model_files import locate
 from qlora.run import Run
 from qlora.step.parts import attention
 from qlora.tasks import build_trainer
+from qlora.tasks.build_reference import build_items
 from qlora.training.resume import check_prompts
 from tests.faults.runs import write_preferences
 
@@ -250,7 +252,10 @@ def test_runs_share_a_cached_reference_whatever_they_minimise_and_no_other_rows_
               *CACHED, "trainer.max_steps=1"]  # fmt: skip
 
     def caches(name: str, *overrides: str) -> bool:
-        run(tmp_path / name, *common, *overrides)
+        session = Run(compose([*QUICK, *common, *overrides]), tmp_path / name).session
+        model = session.build_model()
+        items = build_items(session, model, build_trainer.build_step(session, model), None)
+        assert isinstance(items, WithReference)
         return "computed once" in capsys.readouterr().out
 
     assert caches("first")
