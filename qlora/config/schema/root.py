@@ -405,6 +405,7 @@ class Config:
             "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are sharded"),
             "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
             "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
+            "lora.modules_to_save": (bool(lora.modules_to_save), "such a module trains whole, and layers are sharded"),
             f"quantization.bits={self.quantization.bits}": (sharding is not None, sharding),
             "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),
