@@ -20,6 +20,7 @@ from qlora.adapters.kinds import add_other_kind
 from qlora.adapters.loftq import correct_quantization, original_weights
 from qlora.adapters.per_expert import check_per_expert
 from qlora.adapters.targets import find_targets, last_name, move_taken
+from qlora.adapters.whole_modules import find_modules_to_save, prepare_whole
 from qlora.config.schema import LoraBias, LoraConfig, LoraDtype, LoraInit
 from qlora.errors import ConfigError
 from qlora.models.weight_files import Tensors
@@ -63,6 +64,7 @@ def add_lora(
     alpha: Any = config.alpha  # PEFT declares an integer, and divides any number by the rank
     bias: Any = config.bias.value
     alphas: Any = targets.alphas(config)
+    whole = find_modules_to_save(config, model, targets.modules)
     has_matrix = head is not None and head.outputs > 0
     if head is not None and has_matrix:
         attach_head(model, head.outputs)
@@ -80,7 +82,8 @@ def add_lora(
         use_dora=config.use_dora,
         init_lora_weights=PEFT_INIT[config.init],
         eva_config=EvaConfig() if config.init is LoraInit.eva else None,
-        trainable_token_indices=_rows_to_train(model, new_token_ids),
+        trainable_token_indices=_rows_to_train(model, new_token_ids, whole or []),
+        modules_to_save=whole,
     )
     try:
         with names_kept():
@@ -91,6 +94,7 @@ def add_lora(
             f"({str(error).strip().splitlines()[0].rstrip('.')}); name other layers in lora.target_modules, or use "
             "lora=all-linear"
         ) from error
+    prepare_whole(adapted, config.dtype)
     if has_matrix:
         start_head(adapted)
     if config.init is LoraInit.loftq:
@@ -181,11 +185,14 @@ def _check_rank_for_data(model: PeftModel) -> None:
         )
 
 
-def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int]) -> dict[str, list[int]] | None:
-    """Returns the rows of new tokens by matrix: of the embedding and, where it is a matrix of its own, the output."""
+def _rows_to_train(model: PreTrainedModel, new_token_ids: list[int], whole: list[str]) -> dict[str, list[int]] | None:
+    """Returns the rows of new tokens by matrix: of the embedding and, where it is a matrix of its own, the output.
+
+    A matrix that trains whole is not among them.
+    """
     if not new_token_ids:
         return None
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     matrices = [embedding] if output is None or output.weight is embedding.weight else [embedding, output]
     names = [name for name, module in model.named_modules() if any(module is matrix for matrix in matrices)]
-    return {name: sorted(set(new_token_ids)) for name in names}
+    return {name: sorted(set(new_token_ids)) for name in names if name not in whole} or None

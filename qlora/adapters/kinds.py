@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.adapters.targets import find_targets, last_name
+from qlora.adapters.whole_modules import find_modules_to_save, prepare_whole
 from qlora.config.registries.adapter_kinds import KINDS, AdapterKind, Change
 from qlora.config.schema import LoraConfig
 from qlora.errors import ConfigError
@@ -53,6 +54,7 @@ def add_other_kind(config: LoraConfig, model: PreTrainedModel) -> PeftModel:
     made = getattr(peft, kind.config)(
         task_type="CAUSAL_LM",
         target_modules=targets.modules,
+        modules_to_save=find_modules_to_save(config, model, targets.modules),
         **kind.filled(config.options) | kind.arguments(config, targets.modules),
     )
     try:
@@ -60,13 +62,15 @@ def add_other_kind(config: LoraConfig, model: PreTrainedModel) -> PeftModel:
             warnings.filterwarnings(
                 "ignore", message="Invalid `(oft_block_size|r)`"
             )  # the nearest that divides is taken
-            return without_penalty(get_peft_model(model, made))
+            adapted = without_penalty(get_peft_model(model, made))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"lora.kind={config.kind}: PEFT cannot adapt this {model.config.model_type} so "
             f"({str(error).strip().splitlines()[0].rstrip('.')}); name other layers in lora.target_modules, or use "
             "lora=all-linear"
         ) from error
+    prepare_whole(adapted, config.dtype)
+    return adapted
 
 
 @dataclass(frozen=True)

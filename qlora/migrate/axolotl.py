@@ -85,6 +85,7 @@ def _dtype(settings: Settings) -> str:
 
 def _lora(settings: Settings) -> Iterator[Part]:
     named, linear = settings.take("lora_target_modules"), settings.take("lora_target_linear")
+    whole = settings.take("lora_modules_to_save")
     if settings.look("adapter") is None:
         return
     if linear and named not in (None, "all-linear", ["all-linear"]):
@@ -103,6 +104,7 @@ def _lora(settings: Settings) -> Iterator[Part]:
         yield write_override("lora.layers", layers)
     if (parameters := settings.take("lora_target_parameters")) is not None:
         yield from shared_rules.choose_parameters(parameters, settings.look("lora_r", 8), "lora_target_parameters")
+    yield from shared_rules.choose_whole_modules(whole, "lora_modules_to_save")
     peft = settings.take("peft", {})
     if isinstance(peft, dict) and peft.get("loftq_config"):
         yield "lora.init=loftq"
@@ -269,7 +271,6 @@ RULES: dict[str, Rule] = {
                                                   "pissa": "pissa", "olora": "olora", "eva": "eva", "loftq": "loftq",
                                                   "orthogonal": "orthogonal"}),
     "peft_autocast_adapter_dtype": OnlyIf((True,), "the adapter has 32 bits; lora.dtype=bf16 stores it in 16"),
-    "lora_modules_to_save": Lost(shared_rules.EXTRA_MATRICES),
     "quantize_moe_experts": Pick({True: ("quantization.experts=same",), False: ("quantization.experts=none",)}),
     "experts_implementation": Same(shared_rules.EXPERT_KERNELS),
     "trust_remote_code": Move("model.trust_remote_code"),

@@ -74,6 +74,9 @@ def _bits(settings: Settings) -> Iterator[Part]:
 
 
 def _lora(settings: Settings) -> Iterator[Part]:
+    whole = settings.take("additional_target")
+    if settings.look("finetuning_type") != "full":
+        yield from shared_rules.choose_whole_modules(whole, "additional_target")
     if settings.look("finetuning_type") == "oft":
         yield from _oft(settings)
         return
@@ -234,7 +237,6 @@ RULES: dict[str, Rule] = hf_arguments.RULES | {
     "loraplus_lr_ratio": Move("lora.loraplus_lr_ratio"),
     "loraplus_lr_embedding": Same("embeddings have no adapter here"),
     "moe_aux_loss_coef": OnlyIf((0,), shared_rules.BALANCE),
-    "additional_target": Lost(shared_rules.EXTRA_MATRICES),
     "new_special_tokens": Lost("give them as a list: model.new_tokens=[...]"),
     "add_tokens": Lost("give them as a list: model.new_tokens=[...]"),
     "add_special_tokens": Lost("give them as a list: model.new_tokens=[...]"),

@@ -110,6 +110,8 @@ def _bits(settings: Settings) -> Iterator[Part]:
     kind = str(settings.take("bnb_4bit_quant_type"))
     yield from shared_rules.choose_quantization(number, kind, double=double, dtype=dtype, lora=tuner != "full")
     yield from shared_rules.choose_targets(settings.take("target_modules"), ("all-linear",))
+    if tuner != "full":
+        yield from shared_rules.choose_whole_modules(settings.take("modules_to_save"), "modules_to_save")
     if (parameters := settings.take("target_parameters")) is not None and tuner != "full":
         yield from shared_rules.choose_parameters(parameters, settings.look("lora_rank"), "target_parameters")
     rate = settings.take("learning_rate") if "learning_rate" in settings else LEARNING_RATES.get(tuner, 1e-4)
@@ -297,7 +299,6 @@ RULES: dict[str, Rule] = hf_arguments.RULES | {
     "use_dora": Move("lora.use_dora"),
     "lorap_lr_ratio": Move("lora.loraplus_lr_ratio"),
     "init_weights": Move("lora.init", INITS),
-    "modules_to_save": Lost(shared_rules.EXTRA_MATRICES),
     "router_aux_loss_coef": OnlyIf((0,), shared_rules.BALANCE),
     "experts_impl": Same(shared_rules.EXPERT_KERNELS),
     "target_regex": Lost("name it in lora.target_modules, which takes regular expressions"),

@@ -12,7 +12,7 @@ from qlora.config.options import model_presets
 from qlora.config.overrides import write_override
 from qlora.config.registries.optimizers import OPTIMIZERS
 from qlora.errors import did_you_mean
-from qlora.migrate.translation import Lost, Part
+from qlora.migrate.translation import Lost, Part, is_unset
 
 STREAMING = (
     "rows are kept in a cache on disk and need not fit into memory; for sets that are larger than the disk set "
@@ -31,7 +31,6 @@ NO_NOISE = "no noise is added to embeddings here"
 NO_MEDIA = "only text is trained here"
 NO_DEEPSPEED = "DeepSpeed is not used here; docs/multi_gpu.md says how several GPUs share a run"
 PUSH = "upload a finished run with task=push repo=OWNER/NAME"
-EXTRA_MATRICES = "whole matrices are not trained beside an adapter; the rows of model.new_tokens are"
 
 TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
 
@@ -45,6 +44,8 @@ BITS = {
 
 PEFT_TARGETS = {"gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
 """Where PEFT 0.21 puts an adapter whose config names no modules, by model type; else on queries and values."""
+MATRICES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+"""Names of modules that no other module's name ends with."""
 EXPERTS = re.compile(r"(?:(?:[a-z_]+\.)*experts\.)?(gate_up_proj|down_proj)")
 ROUTERS = re.compile(r"(?:[a-z_]+\.)*(?:gate|router)\.weight")
 """Parameters of mixtures as PEFT's `target_parameters` names them: by their ends, in all layers."""
@@ -87,6 +88,17 @@ def choose_targets(named: Any, everything: Sequence[str] = ("all-linear", "all")
     names = named if isinstance(named, list) else [name.strip() for name in str(named).split(",")]
     is_every = any(name in everything for name in names)
     yield write_override("lora.target_modules", "all-linear" if is_every else names)
+
+
+def choose_whole_modules(named: Any, key: str) -> Iterator[Part]:
+    """Yields the modules that train whole, which PEFT finds by the ends of their names; a head does so by itself."""
+    if is_unset(named):
+        return
+    names = [str(name) for name in (named if isinstance(named, list) else re.split(r"[,\s]+", str(named).strip()))]
+    if groups := [name for name in names if name.startswith("all-")]:
+        yield Lost(f"{groups[0]} is no module's name; name them in lora.modules_to_save", key)
+    elif names := [name for name in names if name != "score"]:
+        yield write_override("lora.modules_to_save", [name if name in MATRICES else f".*{name}" for name in names])
 
 
 def choose_pattern(pattern: Any, ours: str, key: str) -> Iterator[Part]:

@@ -65,6 +65,7 @@ def choose_bits(settings: Settings) -> Iterator[Part]:
 def choose_lora(settings: Settings) -> Iterator[Part]:
     """Yields the layers that get an adapter."""
     named, parameters = settings.take("lora_target_modules"), settings.take("lora_target_parameters")
+    whole = settings.take("lora_modules_to_save")
     if not settings.look("use_peft"):
         return
     if named is None:
@@ -73,6 +74,7 @@ def choose_lora(settings: Settings) -> Iterator[Part]:
         yield from shared_rules.choose_targets(named, ("all-linear",))
     if parameters is not None:
         yield from shared_rules.choose_parameters(parameters, settings.look("lora_r"), "lora_target_parameters")
+    yield from shared_rules.choose_whole_modules(whole, "lora_modules_to_save")
 
 
 def read_sets(settings: Settings) -> tuple[list[dict[str, Any]], list[Part]]:
@@ -206,7 +208,6 @@ RULES: dict[str, Rule] = hf_arguments.RULES | {
     "lora_dropout": Move("lora.dropout"),
     "use_rslora": Move("lora.use_rslora"),
     "use_dora": Move("lora.use_dora"),
-    "lora_modules_to_save": Lost(shared_rules.EXTRA_MATRICES),
     "lora_task_type": OnlyIf(("CAUSAL_LM",), "language models are trained here"),
     "attn_implementation": Move("model.attn_implementation"),
     "trust_remote_code": Move("model.trust_remote_code"),

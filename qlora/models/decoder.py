@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -35,6 +36,7 @@ from qlora.upstream.transformers_model import decoder_of
 MOST_UNQUANTIZED = 0.5
 """The largest share of the decoder's weights that a base may keep in more bits than were asked for."""
 EXPERTS, ROUTER = "experts", "router"
+WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.|$)")
 ADAPTER_PARTS = re.compile(r"\.(lora_\w+|token_adapter|modules_to_save)(\.|$)")
 OF_ARCHITECTURES = ("transformers.models.", "transformers_modules.")
 """Where the code of architectures is, the library's and that of the hub."""
@@ -111,7 +113,8 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     method = method_of(model)
     decoder, output = decoder_of(model), model.get_output_embeddings()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    owners = {name: module for name, module in model.named_modules() if module is not output}
+    parts = {*output.modules()} if output is not None else set()  # a trained copy lies beside the base's
+    owners = {name: module for name, module in model.named_modules() if module not in parts}
     weights: list[tuple[str, nn.Module, nn.Parameter]] = []
     beside = 0
     for name, weight in model.named_parameters():
@@ -123,7 +126,9 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         elif len(_shape(method, weight, owner)) >= 2 and not isinstance(owner, nn.Embedding):
             weights.append((name, owner, weight))
     kinds = _kinds(method, weights)
-    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    adapted = {
+        name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
+    }
     matrices = [
         Matrix(
             name,
@@ -180,7 +185,7 @@ def _kinds(method: QuantizationMethod, weights: list[tuple[str, nn.Module, nn.Pa
 
 def _plain_path(name: str) -> str:
     """Returns the name of the module that a parameter lies in, without the wrappers of an adapter."""
-    return name.rpartition(".")[0].replace(".base_layer", "")
+    return WRAPPED.sub("", name.rpartition(".")[0])
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:

@@ -24,6 +24,7 @@ from qlora.models.experts_per_token import KEYS, experts_per_token
 from qlora.models.layer_layout import read_layer
 from qlora.models.model_config import check_settings
 from qlora.models.read_weights import weights_read
+from qlora.models.whole_modules import find_whole_modules, tied_modules
 from qlora.upstream.peft import calls_layer
 
 LEFT_OUT = ("model_type", "architectures", "auto_map", "quantization_config", "dtype", "torch_dtype")
@@ -109,6 +110,12 @@ def _layout(model: Any, where: str) -> dict[str, Any]:
         "parameters": total,
         "layers": described,
         "experts": _experts(experts, units, config, where) if units else None,
+        "whole": {
+            name: [list(parameter.shape) for parameter in module.parameters(recurse=False)]
+            for name, module in find_whole_modules(model).items()
+        },
+        "tied_modules": tied_modules(model),
+        "output": next(name for name, module in model.named_modules() if module is model.get_output_embeddings()),
     }
 
 

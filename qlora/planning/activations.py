@@ -238,7 +238,8 @@ class Activations:
     def logits(self) -> tuple[float, float]:
         """The output layer and the loss, in the forward and in the backward pass."""
         setup, vocabulary, c = self.setup, self.shape.vocabulary, self.setup.width
-        copy = vocabulary * self.shape.hidden * c if setup.base.is_fp32 and c < 4 else 0  # of the output matrix
+        is_fp32 = setup.base.is_fp32 or (setup.trains_output and not setup.bf16_adapters)
+        copy = vocabulary * self.shape.hidden * c if is_fp32 and c < 4 else 0  # of the output matrix
         fast = setup.step is PlanStep.fast
         capped = self.shape.family.capped_logits
         work = TokenWork(setup.tokens, self.shape.hidden, vocabulary, c, fast, targets=setup.loss_tokens, capped=capped)

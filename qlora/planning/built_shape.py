@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qlora.planning.mixture import Experts, MixtureFamily
 from qlora.planning.model_shape import Layer, Linear, Mixer, Shape
 from qlora.runtime.atomic_files import write_text
 
-FORMAT = 2
+FORMAT = 3
 """Of the file; another one is read anew."""
 
 
@@ -34,6 +35,28 @@ def build_shape(
     """
     text = json.dumps(dict(settings), sort_keys=True, default=str)
     return _shape(_layout(text, where, cache, None if options is None else tuple(options)))
+
+
+@dataclass(frozen=True)
+class WholeModules:
+    """The modules of a model that could train whole beside an adapter."""
+
+    shapes: dict[str, list[list[int]]]
+    """Those of their tensors, by the names of the modules."""
+    tied: list[str]
+    """The names of embedding and output layer where they are one matrix."""
+    output: str
+    """The name of the output layer."""
+
+
+def build_modules(
+    settings: Mapping[str, Any], where: str, cache: Path | None = None, options: Collection[str] | None = None
+) -> WholeModules:
+    """Returns the modules that could train whole; the arguments are those of `build_shape`, for any architecture."""
+    inner = settings.get("text_config")
+    text = json.dumps(dict(inner if isinstance(inner, Mapping) else settings), sort_keys=True, default=str)
+    layout = _layout(text, where, cache, None if options is None else tuple(options))
+    return WholeModules(layout["whole"], layout["tied_modules"], layout["output"])
 
 
 @functools.lru_cache(maxsize=64)

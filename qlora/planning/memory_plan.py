@@ -137,7 +137,8 @@ class Ledger:
         if self.setup.r == 0:
             return self._all_weights
         head = self.shape.hidden * self.setup.head_outputs
-        return self._on_layers(self._adapter) + self._on_experts + Counter([head] if head else [])
+        whole = Counter(map(math.prod, self.setup.whole))
+        return self._on_layers(self._adapter) + self._on_experts + whole + Counter([head] if head else [])
 
     def _on_layers(self, tensors: Callable[[Linear, int], Counter[int]]) -> Counter[int]:
         """Returns the tensors of the adapters on linear layers, of a function from a layer and its rank."""
@@ -198,8 +199,8 @@ class Ledger:
         if self.setup.dora:
             for layer, names in enumerate(self.targets):
                 vectors.update(linear.outputs for linear in self.shape.linears_of(layer) if linear.name in names)
-        tensors: Counter[Trained] = Counter()
-        for size, copies in self.trained.items():
+        tensors: Counter[Trained] = Counter(Trained(shape, is_matrix=False) for shape in self.setup.whole)
+        for size, copies in (self.trained - Counter(map(math.prod, self.setup.whole))).items():
             rank = math.gcd(size, self.setup.r)
             tensors[Trained((rank, size // rank))] += copies - vectors[size]
             tensors[Trained((size,), is_matrix=False)] += vectors[size]

@@ -67,6 +67,10 @@ class Setup:
     """The kind of the adapters where it is not LoRA."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The settings of that kind."""
+    whole: tuple[tuple[int, ...], ...] = ()
+    """The shapes of the tensors of modules that train whole beside the adapters."""
+    trains_output: bool = False
+    """Whether the output layer is one of them."""
     head_outputs: int = 0
     """The numbers that a head makes of a text; 0: there is no matrix for them."""
     shared_by: int = 1

@@ -5,6 +5,7 @@ Needs no torch for the architectures of the table of families, so that it answer
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from qlora.errors import DataError, ResourceError
 from qlora.models.context import fit_rows
 from qlora.models.json_files import read_object
 from qlora.models.model_files import is_local, locate
+from qlora.models.whole_names import choose_whole
 from qlora.planning.adapter_targets import adapter_rank, choose_targets, find_expert_rank, find_ranks
 from qlora.planning.advice import (
     Change,
@@ -42,6 +44,7 @@ from qlora.planning.advice import (
     largest_rows,
     most_kept,
 )
+from qlora.planning.built_shape import build_modules
 from qlora.planning.gpus import Gpu, find_gpu
 from qlora.planning.memory_plan import CONTEXT, Memory, Setup
 from qlora.planning.model_shape import Shape
@@ -52,6 +55,8 @@ from qlora.text import parse_size
 from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
 
 EMBEDDED = "tiny"
+INDEX = re.compile(r"\.\d+\.")
+"""In the names of modules within a decoder layer."""
 PAPER = {"llama-7b": 6.9, "llama-13b": 11.3, "llama-33b": 24.7, "llama-65b": 45.0}
 """The memory that each model needs in the QLoRA paper (arXiv 2305.14314), 10^9 bytes: one row of 512 tokens, with
 paged states."""
@@ -188,25 +193,66 @@ def find_shape(config: Config) -> Shape:
 
     Raises `DataError` for one that is incomplete, and `ResourceError` where it cannot be downloaded.
     """
-    shape, scaling = _find_shape(config), config.model.rope_scaling
+    shape, scaling = read_shape(*_described(config)), config.model.rope_scaling
     return shape if scaling is None else replace(shape, context=scaled_context(scaling, shape.context) or shape.context)
 
 
-def _find_shape(config: Config) -> Shape:
+@dataclass(frozen=True)
+class WholeChoice:
+    """The modules that train whole beside an adapter."""
+
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Those of their tensors."""
+    has_output: bool = False
+    """Whether the output layer is one of them, which needs the logits of all tokens."""
+    slows: bool = False
+    """Whether parts of the fast step stay off: `fused_loss` there, and `compile` with modules inside of layers."""
+
+
+def find_whole(config: Config, shape: Shape, targets: tuple[frozenset[str], ...]) -> WholeChoice:
+    """Returns the modules that `lora.modules_to_save` means.
+
+    Raises `ConfigError` for what the model does not have, and for modules that cannot train whole. transformers builds
+    the model without its weights, which imports torch.
+    """
+    if not config.lora.modules_to_save:
+        return WholeChoice()
+    modules = build_modules(*_described(config))
+    named = [(name, linear) for layer in range(shape.layers) for name, linear in shape.full_names(layer).items()]
+    packed = find_method(config.quantization).is_quantized
+    adapted = {
+        name
+        for layer, chosen in enumerate(targets)
+        for name, linear in shape.full_names(layer).items()
+        if linear.name in chosen
+    }
+    quantized = {name for name, linear in named if packed and linear.is_quantized}
+    chosen = choose_whole(
+        config.lora.modules_to_save, modules.shapes, tied=modules.tied, quantized=quantized, adapted=adapted
+    )
+    return WholeChoice(
+        tuple(tuple(tensor) for name in chosen for tensor in modules.shapes[name]),
+        has_output=modules.output in chosen,
+        slows=any(name == modules.output or INDEX.search(f"{name}.") for name in chosen),
+    )
+
+
+def _described(config: Config) -> tuple[Mapping[str, Any], str, Path, Mapping[str, Any] | None]:
+    """Returns the settings of the model, what names them in errors, the folder of layouts, and their options."""
     model = config.model
     architecture = described_settings(model.architecture) if model.architecture is not None else None
     options = model.architecture.options if model.architecture is not None else None
     cache = cache_root(config.data.cache_dir) / "shapes"
     if model.weights is Weights.random or model.name == EMBEDDED:
         assert architecture is not None
-        return read_shape(architecture, "model.architecture", cache, options)
-    location = locate(model.name)
+        return architecture, "model.architecture", cache, options
+    location, where = locate(model.name), f"model.name={model.name}"
     if is_local(location):
-        return read_shape(_read_config(Path(location) / "config.json", model.name), f"model.name={model.name}", cache)
+        return _read_config(Path(location) / "config.json", model.name), where, cache, None
     # A model named on the command line alone still has the architecture of the default preset.
     if architecture is not None and architecture != _default_architecture():
-        return read_shape(architecture, "model.architecture", cache, options)
-    return read_shape(_download_config(config), f"model.name={model.name}", cache)
+        return architecture, "model.architecture", cache, options
+    return _download_config(config), where, cache, None
 
 
 def read_setup(config: Config, shape: Shape) -> Setup:
@@ -214,6 +260,7 @@ def read_setup(config: Config, shape: Shape) -> Setup:
     quantization, lora, trainer = config.quantization, config.lora, config.trainer
     data, offload = fit_rows(config.data, shape.context), quantization.experts_offload
     targets = choose_targets(shape, lora) if lora.enabled else ()
+    whole = find_whole(config, shape, targets)
     return Setup(
         base=find_method(quantization).stored_base(quantization),
         fp32=quantization.compute_dtype is ComputeDtype.fp32,
@@ -233,7 +280,9 @@ def read_setup(config: Config, shape: Shape) -> Setup:
         length=config.plan.length or data.pack_length or data.longest_row or shape.context,
         accumulates=trainer.gradient_accumulation_steps > 1,
         checkpointed=shape.layers if trainer.gradient_checkpointing else 0,
-        step=_find_step(config, shape),
+        whole=whole.shapes,
+        trains_output=whole.has_output,
+        step=_find_step(config, shape, slowed=whole.slows),
         graphs=trainer.asks_for_graphs(shape.hidden, is_mixture=shape.experts is not None),
         fp8=quantization.compute is BaseProducts.fp8,
         guarded=config.watchdog.nonfinite.keeps_out,
@@ -253,15 +302,18 @@ def _reference_passes(config: Config) -> float:
     return 1 / max(epochs, 1) if loss.can_cache_reference and loss.cache_reference is not False else 1
 
 
-def _find_step(config: Config, shape: Shape) -> PlanStep:
-    """Returns how the step is computed on a GPU: fast where no part is switched off and the layers allow it."""
+def _find_step(config: Config, shape: Shape, *, slowed: bool) -> PlanStep:
+    """Returns how the step is computed on a GPU: fast where no part is switched off and the layers allow it.
+
+    `slowed`: modules that train whole switch one off.
+    """
     if config.plan.step is not PlanStep.auto:
         return config.plan.step
     trainer, lora = config.trainer, config.lora
     parts: tuple[Any, ...] = (trainer.compile, trainer.fused_linear, trainer.fused_attention, trainer.fused_loss)
     if shape.experts is not None:
         parts = (*parts, trainer.fused_experts)
-    plain_adapter = lora.enabled and not lora.use_dora and lora.other_kind is None
+    plain_adapter = lora.enabled and not lora.use_dora and lora.other_kind is None and not slowed
     can_fuse = find_method(config.quantization).fast_step_unsupported_reason() is None
     return PlanStep.fast if can_fuse and plain_adapter and False not in parts else PlanStep.plain
 

@@ -313,6 +313,8 @@ def _settings(
         reads_dropout = lora.other_kind is None or "dropout" in lora.other_kind.fields
         dropout = f"dropout={lora.dropout:g}" if reads_dropout else ""
         rows.append((name, ", ".join(filter(None, [sizes, dropout, f"on {describe_choice(lora)}"]))))
+        if lora.modules_to_save:
+            rows.append(("trained whole", ", ".join(lora.modules_to_save)))
         if experts:
             rows.append(("LoRA on routed experts", experts))
         if lora.start is not None:

@@ -58,6 +58,7 @@ def training_lines(
     """
     lora, trainer, processes = config.lora, config.trainer, distributed.world_size()
     adapter = describe_adapter(lora) if lora.enabled else "all weights"
+    adapter += f", whole {', '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
     adapter += f", {experts}" if (experts := count.describe_experts()) else ""
     full = format_percent(report.packed_share or 0)
     rows = (

@@ -70,6 +70,7 @@ ADDED_KEYS: dict[str, Any] = {
     "lora.options": {},
     "lora.layers": None,
     "lora.exclude": [],
+    "lora.modules_to_save": [],
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
     "lora.freeze_a": False,

@@ -219,7 +219,14 @@ def has_plain_lora(model: nn.Module) -> bool:
 def is_of_adapter(name: str, model: PeftModel) -> bool:
     """Returns whether a parameter or saved tensor of this name belongs to the adapter, and not to the base.
 
+    Copies of modules that train whole belong to it, by their names in the model.
+
     The random matrices of VeRA and the ranks of AdaLoRA have names without the prefix of their kind.
     """
     prefix = str(model.base_model.prefix)
-    return prefix in name or ".ranknum." in f".{name}" or bool(re.search(r"(^|\.)vera_[AB](\.|$)", name))
+    return (
+        prefix in name
+        or ".modules_to_save." in name
+        or ".ranknum." in f".{name}"
+        or bool(re.search(r"(^|\.)vera_[AB](\.|$)", name))
+    )

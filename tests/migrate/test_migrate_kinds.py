@@ -64,3 +64,13 @@ def test_ms_swift_s_vera_and_ia3(tmp_path: Path) -> None:
     assert "tuner_type" not in lost
     config, _ = migrated(tmp_path, "i.sh", command.format("ia3"))
     assert config.lora.kind == "ia3"
+
+
+def test_modules_that_train_whole(tmp_path: Path) -> None:
+    config, lost = migrated(tmp_path, "a.yaml", AXOLOTL + "lora_modules_to_save: [embed_tokens, norm]\n")
+    assert config.lora.modules_to_save == ["embed_tokens", ".*norm"]  # PEFT matches ends of names
+    assert "lora_modules_to_save" not in lost
+    oft, lost = migrated(tmp_path, "f.yaml", FACTORY + "additional_target: embed_tokens,lm_head\n")
+    assert oft.lora.modules_to_save == ["embed_tokens", "lm_head"]
+    full = FACTORY.replace("finetuning_type: oft", "finetuning_type: full") + "additional_target: lm_head\n"
+    assert migrated(tmp_path, "g.yaml", full)[0].lora.modules_to_save == []

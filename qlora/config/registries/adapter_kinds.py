@@ -73,7 +73,8 @@ class AdapterKind:
         return "r" in self.fields
 
 
-EVERY_KIND = frozenset(("enabled", "kind", "options", "target_modules", "layers", "exclude", "parameters"))
+EVERY_KIND = frozenset(("enabled", "kind", "options", "target_modules", "layers", "exclude", "parameters",
+                        "modules_to_save"))  # fmt: skip
 """The fields of `lora` that every kind reads."""
 
 KINDS: dict[str, AdapterKind] = {}

@@ -111,6 +111,11 @@ def of_adafactor(tensor: Trained, arguments: Arguments) -> int:
     return _factored(tensor.shape)
 
 
+def of_lorafa(tensor: Trained, arguments: Arguments) -> int:
+    """Returns the numbers of LoRA-FA: those of AdamW, and the inverse of A A^T beside each B."""
+    return 2 * tensor.size + (tensor.shape[0] ** 2 if tensor.is_matrix else 0)
+
+
 def of_muon(tensor: Trained, arguments: Arguments) -> int:
     """Returns the numbers of Muon: one for each of a matrix, two, as AdamW, for others."""
     return tensor.size * (1 if tensor.is_matrix else 2)

@@ -1,7 +1,7 @@
 """The optimizers: what each takes, needs and stores. One line offers one; needs no torch.
 
-Names and arguments are those of transformers, and beside them `muon` and `adopt_adamw`. What transformers' trainer
-offers and is left out here cannot run, for a reason.
+Names and arguments are those of transformers, and beside them `adopt_adamw`, `lorafa` and `muon`. What
+transformers' trainer offers and is left out here cannot run, for a reason.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qlora.config.registries.optimizer_states import (
     of_apollo,
     of_galore,
     of_galore_adafactor,
+    of_lorafa,
     of_muon,
     of_rmsprop,
     of_sgd,
@@ -47,6 +48,8 @@ class Optimizer:
     """Whether it averages weights in place of a schedule."""
     trains_all_weights: bool = False
     """Whether it is for `lora=none` alone: it projects gradients, and those of an adapter are of low rank already."""
+    trains_b_alone: bool = False
+    """Whether it is for `lora.freeze_a=true` alone: it reads A to change the gradient of B."""
     builder: str | None = None
     """The function that returns its class and arguments, `module:function`; None: transformers' trainer does."""
 
@@ -146,6 +149,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
         builder=f"{_PROJECTED}:build_apollo_adamw",
     ),
     "adopt_adamw": Optimizer(States(per_parameter(2), one_tensor=3), builder="qlora.training.optimizers.adopt:build"),
+    "lorafa": Optimizer(
+        States(of_lorafa, scratch=1), trains_b_alone=True, builder="qlora.training.optimizers.lorafa:build"
+    ),
     "muon": Optimizer(
         States(of_muon, one_tensor=4),
         {"momentum": float, "nesterov": bool, "ns_steps": int, "adjust_lr_fn": ("original", "match_rms_adamw")},

@@ -55,6 +55,10 @@ class LoraConfig:
     exclude: Any = field(default_factory=list, metadata={HOLDS: list[str] | str})
     """Linear layers that get no adapter, by names or regular expressions as in `target_modules` (PEFT's
     `exclude_modules`); each must match one that would have got it."""
+    modules_to_save: Any = field(default_factory=list, metadata={HOLDS: list[str] | str})
+    """Modules that train whole beside the adapter, as copies in `lora.dtype` that are saved with it (PEFT's
+    `modules_to_save`): `embed_tokens`, `lm_head`, norms and what else is not quantized, by names or regular expressions
+    as in `target_modules`, e.g. `[norm]` or `[.*layernorm]`; each must match."""
     rank_pattern: Any = field(default_factory=dict, metadata={HOLDS: dict[str, int]})
     """Ranks of layers that have another one than `r`, by names or regular expressions as in `target_modules`, e.g.
     `{down_proj: 16}`; each must match a layer with an adapter, and no layer two."""
@@ -144,6 +148,7 @@ class LoraConfig:
             )
             rule = f"be a mapping from module names to {'ranks' if kinds is int else 'positive numbers'}"
             require(is_pattern, f"lora.{name}", rule, pattern)
+        self._check_modules_to_save()
         self._check_parameters()
         if self.rank_pattern and self.init is LoraInit.eva:
             raise ConfigError(
@@ -155,6 +160,30 @@ class LoraConfig:
                 f"lora.freeze_a=true trains B alone, and lora.loraplus_lr_ratio={self.loraplus_lr_ratio:g} compares "
                 "its learning rate with that of A; leave one of them out"
             )
+
+    def _check_modules_to_save(self) -> None:
+        """Refuses whole modules where they cannot be trained, or not at the learning rate that was asked for."""
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        names = self.modules_to_save
+        is_list = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+        require(bool(is_list), "lora.modules_to_save", "be a list of module names", names)
+        reasons = {
+            "lora=none": (not self.enabled, "all weights train"),
+            "lora.start": (self.start is not None, "that adapter keeps its form"),
+            f"lora.bias={self.bias.value}": (
+                self.bias is not LoraBias.none, "the bias of such a module trains with it, and once more by itself"
+            ),
+            f"lora.loraplus_lr_ratio={self.loraplus_lr_ratio or 0:g}": (
+                self.loraplus_lr_ratio is not None, "LoRA+ has learning rates for A and B alone"
+            ),
+        }  # fmt: skip
+        for name, (is_set, reason) in reasons.items():
+            if names and is_set:
+                raise ConfigError(
+                    f"lora.modules_to_save={written(names)} and {name} exclude each other: {reason}; leave one of them "
+                    "out"
+                )
 
     def _check_parameters(self) -> None:
         """Refuses a number of parameters where no rank decides it."""

@@ -468,12 +468,17 @@ class Config:
             raise no_cuda(name, self.device.value)
 
     def _check_projection(self) -> None:
-        """Refuses an optimizer that projects the gradients of whole matrices where an adapter is trained."""
+        """Refuses an optimizer that reads other gradients than those of what is trained."""
         name = self.trainer.optim
         if OPTIMIZERS[name].trains_all_weights and self.lora.enabled:
             raise ConfigError(
                 f"trainer.optim={name} projects the gradients of whole matrices to a low rank, and those of an adapter "
                 "are of low rank already; set lora=none, or choose another, e.g. trainer.optim=muon"
+            )
+        if OPTIMIZERS[name].trains_b_alone and not (self.lora.enabled and self.lora.freeze_a):
+            raise ConfigError(
+                f"trainer.optim={name} changes the gradients of B by an A that stays as it is; set lora=lora-fa "
+                "(lora.freeze_a=true), or choose another, e.g. trainer.optim=adamw_torch"
             )
 
     def _check_fsdp(self) -> None:
@@ -483,7 +488,9 @@ class Config:
         reasons = {
             "lora=none": (not lora.enabled, "it trains all weights, and the frozen ones are sharded"),
             "lora.use_dora=true": (lora.use_dora, "it reads whole weights"),
+            "trainer.optim=lorafa": (self.trainer.optim == "lorafa", "it reads A matrices, which are sharded"),
             "lora.init=eva": (lora.init is LoraInit.eva, "it runs the whole base before the training"),
+            "lora.modules_to_save": (bool(lora.modules_to_save), "such a module trains whole, and layers are sharded"),
             f"quantization.bits={self.quantization.bits}": (sharding is not None, sharding),
             "model.device_map": (bool(model.device_map or model.max_memory), "it spreads the base in one process"),
             "trainer.memory_budget": (self.trainer.memory_budget is not None, "its formula counts whole layers"),

@@ -56,8 +56,8 @@ class TrainerConfig:
     """Steps of linear warm-up; below 1: a share of all steps (the original's `--warmup_ratio`). `constant`,
     `reduce_lr_on_plateau` and `greedy` have no warm-up."""
     optim: str = MISSING
-    """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`, or `muon`; all
-    in docs/run.md."""
+    """The optimizer by transformers' name, e.g. `paged_adamw_32bit`, `paged_adamw_8bit`, `adamw_torch`, `muon`,
+    `lorafa`; all in docs/run.md."""
     optim_args: Any = field(default_factory=dict, metadata={HOLDS: dict[str, Any] | None})
     """Further arguments of that optimizer, by the table in docs/run.md, e.g. `trainer.optim=sgd
     trainer.optim_args.momentum=0.9`. Null: none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peft.utils.other import ModulesToSaveWrapper
+
 from qlora.step.part import SPREAD, ConfiguredPart, Request, StepContext
 from qlora.upstream.peft import has_plain_lora
 
@@ -24,6 +26,8 @@ class CompiledLayers(ConfiguredPart):
             return SPREAD
         if not has_plain_lora(self.context.model):
             return "the adapter is another kind than LoRA"
+        if any(isinstance(module, ModulesToSaveWrapper) for layer in self.context.layers for module in layer.modules()):
+            return "modules inside layers train whole (lora.modules_to_save)"
         if not self.context.layers:
             return f"{self.context.base.config.model_type} has no list of decoder layers"
         return None
