@@ -120,7 +120,7 @@ class ConfigLoader(ConfigLoaderImpl):
 def store_schema(name: str, schema: type[Any]) -> None:
     """Stores a dataclass where Hydra looks for schemas, unless it is there; making its nodes takes a while."""
     saved = ConfigStore.instance().repo.get(f"{name}.yaml")
-    if stored is None or OmegaConf.get_type(stored.node) is not schema:
+    if saved is None or OmegaConf.get_type(saved.node) is not schema:
         ConfigStore.instance().store(name=name, node=schema)
 
 
