@@ -143,22 +143,30 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Alone:
+    """The same runs of one process, each of which is trained when its folder is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __truediv__(self, name: str) -> Path:
+        folder = self._folder / name
+        if not folder.exists():
+            pairs = [*PAIRS, f"data.path={write_preferences(self._folder)[0]}"]
+            train(folder, 4, *{**CASES, "drawn": DRAWN, "pairs": pairs}[name])
+        return folder
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the same runs of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name, overrides in CASES.items():
-        train(folder / name, 4, *overrides)
-    train(folder / "pairs", 4, *PAIRS, f"data.path={write_preferences(folder)[0]}")
-    train(folder / "drawn", 4, *DRAWN)
-    return folder
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("shared", "single"), [*zip(CASES, CASES, strict=True), ("sharded", "grouped"), ("pairs", "pairs")]
 )
-def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared: str, single: str) -> None:
+def test_two_processes_train_what_one_trains(together: Path, alone: Alone, shared: str, single: str) -> None:
     one, two = losses(alone / single), losses(together / shared)
     assert len(one) >= 4
     assert two == pytest.approx(one, rel=2e-5)
@@ -168,7 +176,7 @@ def test_two_processes_train_what_one_trains(together: Path, alone: Path, shared
     assert all(torch.allclose(expected[name], after[name], rtol=1e-3, atol=2e-5) for name in expected)
 
 
-def test_a_drawn_base_is_sharded_too_with_fused_layers(together: Path, alone: Path) -> None:
+def test_a_drawn_base_is_sharded_too_with_fused_layers(together: Path, alone: Alone) -> None:
     one, two = losses(alone / "drawn"), losses(together / "drawn")
     assert len(one) == 3
     assert two == pytest.approx(one, rel=2e-5)
@@ -215,7 +223,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(
 
 @pytest.mark.full
 def test_one_process_continues_with_the_steps_of_two_where_it_accumulates_twice_as_much(
-    together: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    together: Path, alone: Alone, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(together / "sharded", tmp_path / "sharded")
     (folder / "result.json").unlink()
@@ -270,7 +278,7 @@ class Fall(TrainerCallback):
     ],
 )
 def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them_again_where_they_were(
-    tmp_path: Path, alone: Path, killed: bool
+    tmp_path: Path, alone: Alone, killed: bool
 ) -> None:
     (tmp_path / "fall.py").write_text(FALL)
     chosen = [*COMMON, "trainer.gradient_accumulation_steps=2", "trainer.save_steps=3"]
@@ -300,7 +308,7 @@ def test_a_process_that_fails_ends_all_by_its_own_words_and_torchrun_starts_them
 
 
 @pytest.mark.full
-def test_machines_that_met_train_in_the_folder_that_they_share(tmp_path: Path, alone: Path) -> None:
+def test_machines_that_met_train_in_the_folder_that_they_share(tmp_path: Path, alone: Alone) -> None:
     overrides = [*COMMON, "trainer.gradient_accumulation_steps=2", "name=wide"]
     assert [done.returncode for done in meet(*overrides, folders=(tmp_path, tmp_path))] == [0, 0]
     folder = tmp_path / "outputs" / "runs" / "wide"

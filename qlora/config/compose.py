@@ -36,7 +36,7 @@ from qlora.config.schema import Config, TaskName
 from qlora.config.search_path import check_options, option_folder, search_folders
 from qlora.config.typed_forms import Reading, check_own_rows, read_forms
 from qlora.errors import ConfigError, UserError
-from qlora.upstream.hydra import Hydra, search_path_of, store_schema
+from qlora.upstream.hydra import Hydra, add_schema, search_path_of
 
 PLUGINS = Path(__file__).parent.parent / "plugins"
 
@@ -55,7 +55,7 @@ JOB_FOLDER = "${qlora.job_name:}"
 
 def register() -> None:
     """Tells Hydra the root schema and the resolver of `config.yaml`; may be called many times."""
-    store_schema("schema", Config)
+    add_schema("schema", Config)
     OmegaConf.register_new_resolver(
         "qlora.folder",
         lambda name: name or os.environ.get(START_VARIABLE) or now(),

@@ -46,7 +46,7 @@ def migrate(config: Config, output_dir: Path) -> TaskResult:
     typed = [text for text in overrides if text.startswith((f"{REMOTE_CODE}=", "hydra."))]  # no file may say them
     in_file = [text for text in overrides if text not in typed]
     write_text(experiment, _as_experiment(in_file, f"{dialect.name}: {Path(config.source).name}"))
-    if compose([f"experiment={name}", *typed], output_dir / "conf") != compose(overrides):
+    if compose([f"experiment={name}", *typed], output_dir / "conf") != reading.config:
         raise AssertionError(f"{experiment} says something else than the command")
     result = TaskResult(
         "migrate",
@@ -77,7 +77,7 @@ def _entries(settings: list[tuple[str, Any, str]]) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> tuple[Dialect, Reading]:
-    """Returns the dialect of a file and its translation, whose overrides compose.
+    """Returns the dialect of a file and its translation, whose overrides compose to its config.
 
     Raises a `UserError` for any other file, or one that does not describe training on answers.
     """
@@ -100,9 +100,11 @@ def _composable(reading: Reading, path: Path) -> Reading:
     """Composes the overrides; one that conflicts with the others is left out, with the message of the error."""
     overrides, lost = list(reading.overrides), list(reading.lost)
     for _ in range(MAX_REFUSED):
-        if (refused := _refusal(overrides)) is None:
-            return Reading(overrides, lost, reading.same)
-        culprit = next((text for text in reversed(overrides) if _refusal(_without(overrides, text)) is None), None)
+        composed = _composed(overrides)
+        if isinstance(composed, Config):
+            return Reading(overrides, lost, reading.same, composed)
+        refused = str(composed)
+        culprit = next((text for text in reversed(overrides) if _composes(_without(overrides, text))), None)
         culprit = culprit or next((text for text in reversed(overrides) if text.partition("=")[0] in refused), None)
         if culprit is None:
             raise DataError(f"from={path}: its settings cannot be composed: {refused}")
@@ -111,12 +113,16 @@ def _composable(reading: Reading, path: Path) -> Reading:
     raise DataError(f"from={path}: its settings cannot be composed: {refused}")
 
 
-def _refusal(overrides: list[str]) -> str | None:
+def _composed(overrides: list[str]) -> Config | UserError:
+    """Returns the config of overrides, or why there is none."""
     try:
-        compose(overrides)
+        return compose(overrides)
     except UserError as error:
-        return str(error)
-    return None
+        return error
+
+
+def _composes(overrides: list[str]) -> bool:
+    return isinstance(_composed(overrides), Config)
 
 
 def _without(overrides: list[str], text: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora.config.overrides import write_override
+from qlora.config.schema import Config
 from qlora.errors import did_you_mean
 
 
@@ -130,6 +131,8 @@ class Reading:
     """The key, value and reason of each setting that was not translated, or means something else here."""
     same: list[tuple[str, Any, str]] = field(default_factory=list)
     """The key, value and reason of each setting that was given and needs no override."""
+    config: Config | None = None
+    """What the overrides compose to, once they were composed."""
 
 
 def translate(dialect: Dialect, given: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> Reading:

@@ -117,10 +117,10 @@ class ConfigLoader(ConfigLoaderImpl):
         return loaded
 
 
-def store_schema(name: str, schema: type[Any]) -> None:
-    """Stores a dataclass where Hydra looks for schemas, unless it is there; making its nodes takes a while."""
-    saved = ConfigStore.instance().repo.get(f"{name}.yaml")
-    if saved is None or OmegaConf.get_type(saved.node) is not schema:
+def add_schema(name: str, schema: type[Any]) -> None:
+    """Puts a dataclass where Hydra looks for schemas, unless it is there; making its nodes takes a while."""
+    known = ConfigStore.instance().repo.get(f"{name}.yaml")
+    if known is None or OmegaConf.get_type(known.node) is not schema:
         ConfigStore.instance().store(name=name, node=schema)
 
 
@@ -128,8 +128,8 @@ def _itself(store: ConfigStore, _: dict[int, Any]) -> ConfigStore:
     return store
 
 
-# Hydra copies its sources for every look at a group, and with them all stored schemas, of which there is one store, and
-# whose nodes are copied when they are loaded.
+# Hydra copies its sources for every look at a group, and with them the one store of all schemas, whose nodes it copies
+# when it loads them.
 ConfigStore.__deepcopy__ = _itself  # type: ignore[attr-defined]
 
 

@@ -26,7 +26,9 @@ from tests.models import bases
 
 
 def load(folder: Path, *overrides: str) -> tuple[Config, torch.nn.Module]:
-    config = compose([f"model.name={folder}", "model.tokenizer=tiny", "lora.r=4", "lora.dropout=0", *overrides])
+    config = compose(
+        [f"model.name={folder}", "model.tokenizer=tiny", "recipe=none", "lora.r=4", "lora.dropout=0", *overrides]
+    )
     placement = find_placement(config.quantization, find_device(config.device))
     model_config = load_model_config(config.model)
     return config, loading.load_base(config.model, config.quantization, placement=placement, model_config=model_config)

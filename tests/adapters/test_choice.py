@@ -28,7 +28,9 @@ CHOSEN = ["lora.layers=[1]", "lora.exclude=[down_proj]", "lora.rank_pattern={q_p
 
 
 def planned(folder: Path, *overrides: str) -> list[int]:
-    config = compose([f"model.name={folder}", "model.tokenizer=tiny", "lora.r=4", "lora.dropout=0", *overrides])
+    config = compose(
+        [f"model.name={folder}", "model.tokenizer=tiny", "recipe=none", "lora.r=4", "lora.dropout=0", *overrides]
+    )
     shape = find_shape(config)
     return sorted(Ledger(shape, read_setup(config, shape)).trained.elements())
 

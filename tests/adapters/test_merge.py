@@ -40,7 +40,7 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, *overrides: str) -> tuple[PreTrainedModel, Placement]:
-    config = compose([f"model.name={folder}", "model.tokenizer=tiny", *overrides])
+    config = compose([f"model.name={folder}", "model.tokenizer=tiny", "recipe=none", *overrides])
     placement = find_placement(config.quantization, find_device(config.device))
     model_config = load_model_config(config.model)
     base = loading.load_base(config.model, config.quantization, placement=placement, model_config=model_config)

@@ -22,10 +22,15 @@ TRAINED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def trained() -> Config:
+    return compose(TRAINED)
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, trained: Config) -> Path:
     """The folder of a run, as far as a config is concerned."""
-    return write(tmp_path / "run", compose(TRAINED))
+    return write(tmp_path / "run", trained)
 
 
 def write(folder: Path, config: Config | dict[str, Any]) -> Path:

@@ -191,7 +191,8 @@ def migrated(folder: Path, name: str, text: str) -> tuple[Config, dict[str, str]
     """Returns the config that a file becomes, and what of it was lost, by key."""
     (folder / name).write_text(text, encoding="utf-8")
     _, reading = read(folder / name)
-    return compose(reading.overrides), {key: why for key, _, why in reading.lost}
+    assert reading.config is not None
+    return reading.config, {key: why for key, _, why in reading.lost}
 
 
 def test_a_script_of_the_original(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.errors import UserError
 from qlora.migrate import read
@@ -30,7 +29,8 @@ def migrated(folder: Path, name: str, text: str) -> tuple[Config, dict[str, str]
     """Returns the config that a file becomes, and what of it was lost and why."""
     (folder / name).write_text(text, encoding="utf-8")
     _, reading = read(folder / name)
-    return compose(reading.overrides), {key: why for key, _, why in reading.lost}
+    assert reading.config is not None
+    return reading.config, {key: why for key, _, why in reading.lost}
 
 
 def loss_of(config: Config) -> dict[str, Any]:

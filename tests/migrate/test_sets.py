@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora.config.compose import compose
 from qlora.config.schema import Config
 from qlora.migrate import read
 from qlora.migrate.axolotl import AXOLOTL as DIALECT
@@ -23,7 +22,8 @@ def migrated(path: Path, text: str) -> tuple[Config, dict[str, str], list[str]]:
     """Returns the config that a file becomes, what of it was lost and why, and what needs no override."""
     path.write_text(text, encoding="utf-8")
     _, reading = read(path)
-    return compose(reading.overrides), {key: why for key, _, why in reading.lost}, [key for key, _, _ in reading.same]
+    assert reading.config is not None
+    return reading.config, {key: why for key, _, why in reading.lost}, [key for key, _, _ in reading.same]
 
 
 def lost_of(text: str) -> set[str]:

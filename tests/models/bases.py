@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,13 @@ import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qlora.config.compose import compose
 from qlora.config.schema import Config
@@ -82,8 +89,13 @@ def build(kind: str, **changes: Any) -> PreTrainedModel:
 def write(kind: str, folder: Path, **changes: Any) -> Path:
     """The folder of a base with the embedded tokenizer."""
     build(kind, **changes).save_pretrained(folder)
-    load_tokenizer(compose([]).model).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
     return folder
+
+
+@functools.cache
+def _tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(compose([]).model)
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, **settings: Any) -> Path:
@@ -118,7 +130,9 @@ def in_4_bits(folder: Path, target: Path, **settings: Any) -> Path:
 
 
 def choose(folder: Path, *overrides: str) -> Config:
-    return compose([f"model.name={folder}", "model.tokenizer=tiny", "device=cpu", "lora.r=4", *overrides])
+    # A base that is not the preset's has no recipe, and is composed once where that is said.
+    named = [f"model.name={folder}", "model.tokenizer=tiny", "recipe=none"]
+    return compose([*named, "device=cpu", "lora.r=4", *overrides])
 
 
 def load(folder: Path, *overrides: str) -> PreTrainedModel:

@@ -24,7 +24,7 @@ IDS = torch.arange(3, 35)[None]
 
 
 def load(folder: Path, *overrides: str) -> torch.nn.Module:
-    config = compose([f"model.name={folder}", "model.tokenizer=tiny", "device=cpu", *overrides])
+    config = compose([f"model.name={folder}", "model.tokenizer=tiny", "recipe=none", "device=cpu", *overrides])
     return loading.load_base(
         config.model,
         config.quantization,
