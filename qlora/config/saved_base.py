@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from qlora.config.registries.quantization_methods import AUTO, DECODED
+from qlora.config.registries.quantization_methods import AUTO, DECODED, KEPT, METHODS
 from qlora.config.schema.quantization import INT8_THRESHOLD
 from qlora.errors import ConfigError
 from qlora.upstream.huggingface_hub import read_cache_without_network, why_offline
@@ -23,6 +23,8 @@ STORED = "stored"
 READ = ("bits", "quant_type", "double_quant", "int8_threshold")
 """The fields of the group that are read."""
 FILE = "config.json"
+OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What `config.json` calls the number of experts."""
 
 
 def read_stored(composed: DictConfig, overrides: Sequence[Override]) -> None:
@@ -67,6 +69,13 @@ def _settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     if saved.get("load_in_8bit"):
         threshold = saved.get("llm_int8_threshold", INT8_THRESHOLD)
         return {"method": AUTO, "bits": 8, "int8_threshold": threshold}
+    inner = text if isinstance(text, dict) else config
+    if (
+        saved.get("quant_method") in KEPT
+        and saved.get("bits") in METHODS["packed"].bits
+        and not any(map(inner.get, OF_EXPERTS))
+    ):
+        return {"method": "packed", "bits": saved["bits"]}
     if saved.get("quant_method") in DECODED:
         return {"method": AUTO, "bits": 16}
     raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 from qlora.errors import DataError
 from qlora.models.weight_files import Tensors
 from qlora.quantization.mxfp4 import BLOCKS, SCALES, decode
-from qlora.quantization.saved_formats import Format, Settings, find_parts
+from qlora.quantization.saved_formats import Codes, Format, Settings, find_parts
 from qlora.upstream.transformers_files import read_slice
+
+KeepCodes = Callable[[str, Codes], None]
+"""What gets the name of a weight and its integers."""
 
 
 class DecodedTensors:
@@ -57,9 +60,14 @@ class DecodedTensors:
 class DecodedWeights:
     """Tensors of which those that a format quantizes are decoded when they are read, in float32."""
 
-    def __init__(self, saved: Tensors, form: Format, settings: Settings, key: str) -> None:
-        """Raises `DataError` where the tensors of a weight are missing or do not fit each other; `key` names it all."""
-        self._saved, self._form, self._settings, self._key = saved, form, settings, key
+    def __init__(
+        self, saved: Tensors, form: Format, settings: Settings, key: str, keep: KeepCodes | None = None
+    ) -> None:
+        """Raises `DataError` where the tensors of a weight are missing or do not fit each other; `key` names it all.
+
+        `keep` gets the integers of each weight that is read, where there are some.
+        """
+        self._saved, self._form, self._settings, self._key, self._keep = saved, form, settings, key, keep
         self._weights, self._taken = find_parts(form, saved, key)
 
     def __iter__(self) -> Iterator[str]:
@@ -90,7 +98,11 @@ class DecodedWeights:
                 )
             return tensor
         try:
-            return self._form.decode({part: self._saved.read(key) for part, key in parts.names.items()}, self._settings)
+            tensors = {part: self._saved.read(key) for part, key in parts.names.items()}
+            if self._keep is not None and (codes := self._form.codes(tensors, self._settings)) is not None:
+                self._keep(name, codes)
+                return codes.decode()
+            return self._form.decode(tensors, self._settings)
         except (ValueError, RuntimeError, IndexError) as error:
             raise DataError(
                 f"{self._key}: the tensors of {name} do not fit each other ({str(error).splitlines()[0]}); download "
@@ -148,7 +160,9 @@ class LazyTensor:
         return list(self._tensors.shape(self._name))
 
 
-def decoded_slices(slices: Mapping[str, Any], *, form: Format, settings: Settings, key: str) -> dict[str, Any]:
+def decoded_slices(
+    slices: Mapping[str, Any], *, form: Format, settings: Settings, key: str, keep: KeepCodes | None = None
+) -> dict[str, Any]:
     """Returns slices by the names of 16-bit files, whose quantized weights are decoded one by one."""
-    weights = DecodedWeights(Slices(slices), form, settings, key)
+    weights = DecodedWeights(Slices(slices), form, settings, key, keep)
     return {name: LazyTensor(weights, name) for name in weights}

@@ -85,7 +85,7 @@ def load_base(
     elif description is not None:
         options["quantization_config"] = description
     with QuantizationWatch(method) as watch:
-        with method.loading(quantization, decoded), decoding(model_config, decoded, key):
+        with method.loading(quantization, decoded), decoding(model_config, decoded, method, key):
             model = _read(source, key, config, placement, method, options)
         if saved is None:
             with torch.no_grad():

@@ -43,12 +43,17 @@ def open_decoded(saved: Tensors, model_config: Any, key: str) -> Tensors:
     return saved
 
 
-def decoding(model_config: Any, name: str | None, key: str) -> AbstractContextManager[None]:
-    """Inside, transformers loads a base whose files are quantized by `name` as if they had 16 bits."""
+def decoding(model_config: Any, name: str | None, method: QuantizationMethod, key: str) -> AbstractContextManager[None]:
+    """Inside, transformers loads a base whose files are quantized by `name` as if they had 16 bits.
+
+    A method that keeps integers gets them beside.
+    """
     if name not in FORMATS:  # MXFP4 is decoded by the method that loads it
         return nullcontext()
     settings = saved_settings(model_config) or {}
-    return reading_files_as(partial(decoded_slices, form=FORMATS[name], settings=settings, key=key))
+    return reading_files_as(
+        partial(decoded_slices, form=FORMATS[name], settings=settings, key=key, keep=method.keep_codes)
+    )
 
 
 def check_decoded(model_config: Any, name: str, key: str) -> None:

@@ -109,16 +109,6 @@ class Hqq(LayerwiseMethod):
         quantized: Any = layer
         return partial(_round, bits=quantized.meta["nbits"], dtype=quantized.meta["scale"].dtype)
 
-    def scales(self, parameter: Tensor) -> list[Tensor] | None:
-        """Those of each group, and the zeros."""
-        return getattr(parameter, "scales", None)
-
-    def count(self, parameter: Tensor) -> tuple[int, str]:
-        """Counts the weights that integers hold."""
-        if (count := getattr(parameter, "quantized", None)) is not None:
-            return count, parameter.data_type  # type: ignore[attr-defined]
-        return super().count(parameter)
-
 
 def _quantize(weight: Tensor, bits: int, dtype: torch.dtype) -> nn.Module:
     """Returns the layer of a full weight [out, in], without bias."""

@@ -13,7 +13,7 @@ from qlora.quantization.method import QuantizationMethod, quantization_key
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from qlora.runtime.device import Placement
 
@@ -68,3 +68,13 @@ class LayerwiseMethod(QuantizationMethod, abc.ABC):
         from qlora.upstream.transformers_layers import QuantizedLinear
 
         return (QuantizedLinear, *self.quantized_classes())
+
+    def scales(self, parameter: Tensor) -> list[Tensor] | None:
+        """Those that a quantized layer notes on its weight, and its zeros: `scales`."""
+        return getattr(parameter, "scales", None)
+
+    def count(self, parameter: Tensor) -> tuple[int, str]:
+        """Counts the weights that integers hold, where a layer notes them: `quantized`, and their `data_type`."""
+        if (count := getattr(parameter, "quantized", None)) is not None:
+            return count, parameter.data_type  # type: ignore[attr-defined]
+        return super().count(parameter)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qlora.quantization.bnb4.quantized_weight import QuantizedWeight
+    from qlora.quantization.saved_formats import Codes
     from qlora.runtime.device import Placement
 
 
@@ -54,6 +55,8 @@ class QuantizationMethod(Protocol):
     """Whether the experts of a mixture can wait in the host's memory (`qlora.experts.host`)."""
     decodes: tuple[str, ...] = ()
     """The other methods, by their `quant_method` in `config.json`, whose saved weights are decoded while they load."""
+    keep_codes: Callable[[str, Codes], None] | None = None
+    """What gets the integers of each weight of a base that is decoded while it loads; None: they are not needed."""
     quantizing_operators: tuple[str, ...] = ()
     """The torch operators, `namespace::name`, that quantize a weight; they lose what was NaN or infinite."""
 

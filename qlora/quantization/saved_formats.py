@@ -43,6 +43,26 @@ class Layout:
     """Further tensors, by what `Format.decode` calls them."""
 
 
+@dataclass(frozen=True)
+class Codes:
+    """The integers of a weight, and what they stand for."""
+
+    bits: int
+    codes: Tensor
+    """[in, out]"""
+    zeros: Tensor
+    """[groups, out]"""
+    scales: Tensor
+    """[groups, out]"""
+    groups: Tensor
+    """[in], the group of each input."""
+
+    def decode(self) -> Tensor:
+        """Returns the weight [out, in] in float32."""
+        index = self.groups.long()
+        return ((self.codes - self.zeros[index]) * self.scales.float()[index]).T.contiguous()
+
+
 class Format:
     """A way in which a weight is saved."""
 
@@ -56,6 +76,10 @@ class Format:
     def decode(self, parts: Mapping[str, Tensor], settings: Settings) -> Tensor:
         """Returns a weight [..., out, in] in float32 from the tensors `main`, `scale` and those `beside`."""
         raise NotImplementedError
+
+    def codes(self, parts: Mapping[str, Tensor], settings: Settings) -> Codes | None:
+        """Returns the integers of a weight; None: it is kept in another way."""
+        return None
 
     def shape(self, parts: Mapping[str, torch.Size], settings: Settings) -> torch.Size:
         """Returns the shape of a weight by the shapes of its tensors."""
@@ -139,18 +163,21 @@ class Gptq(Format):
             raise _undecoded(key, f"GPTQ in the layout {form}", "gptq and gptq_v2 are")
 
     def decode(self, parts: Mapping[str, Tensor], settings: Settings) -> Tensor:
+        """Takes the zeros off, and multiplies by the scales."""
+        return self.codes(parts, settings).decode()
+
+    def codes(self, parts: Mapping[str, Tensor], settings: Settings) -> Codes:
         """A zero is saved less one, but in `gptq_v2`."""
         bits = int(settings["bits"])
         codes = _unpack(parts["main"].T, bits).T  # [in, out]
         zeros = _unpack(parts["zero"], bits)
         if settings.get("checkpoint_format") != "gptq_v2":
             zeros = (zeros + 1) & ((1 << bits) - 1)
-        scales, groups = parts["scale"].float(), parts.get("groups")
+        groups = parts.get("groups")
         if groups is None:
             size = settings.get("group_size", -1)
             groups = torch.arange(len(codes), device=codes.device) // (size if size > 0 else len(codes))
-        index = groups.long()
-        return ((codes - zeros[index]) * scales[index]).T.contiguous()
+        return Codes(bits, codes, zeros, parts["scale"], groups)
 
     def shape(self, parts: Mapping[str, torch.Size], settings: Settings) -> torch.Size:
         """The codes are [in, out], packed by rows."""
@@ -170,11 +197,14 @@ class Awq(Format):
             raise _undecoded(key, f"AWQ in {bits} bits, version {version}", "4 bits of version gemm are")
 
     def decode(self, parts: Mapping[str, Tensor], settings: Settings) -> Tensor:
+        """Takes the zeros off, and multiplies by the scales."""
+        return self.codes(parts, settings).decode()
+
+    def codes(self, parts: Mapping[str, Tensor], settings: Settings) -> Codes:
         """Each group of inputs has a zero and a scale for each output."""
-        codes, zeros, scales = self._in_order(parts["main"]), self._in_order(parts["zero"]), parts["scale"].float()
-        size = len(codes) // len(scales)
-        row_zeros, per_weight = zeros.repeat_interleave(size, 0), scales.repeat_interleave(size, 0)
-        return ((codes - row_zeros) * per_weight).T.contiguous()
+        codes, zeros, scales = self._in_order(parts["main"]), self._in_order(parts["zero"]), parts["scale"]
+        groups = torch.arange(len(codes), device=codes.device) // (len(codes) // len(scales))
+        return Codes(4, codes, zeros, scales, groups)
 
     def shape(self, parts: Mapping[str, torch.Size], settings: Settings) -> torch.Size:
         """The codes are [in, out], packed by columns."""

@@ -89,9 +89,13 @@ class LayersQuantizer(HfQuantizer):
         return _Replace(self)
 
     def replace(self, model: Any, name: str, weight: Tensor) -> nn.Module:
-        """Puts a quantized layer in the place of a chosen one, and returns it; its bias stays what it is."""
+        """Puts a quantized layer in the place of a chosen one, and returns it; its bias stays what it is.
+
+        The function that quantizes finds the layer's name in `full_name`.
+        """
         layer = model.get_submodule(name)
         layer.weight = nn.Parameter(weight, requires_grad=False)
+        vars(layer)["full_name"] = name
         with torch.no_grad():
             quantized = self.quantization_config.quantize(layer)
         if quantized is not layer:

@@ -14,13 +14,14 @@ from qlora import adapters
 from qlora.adapters.adapted import split_adapter
 from qlora.config.compose import compose
 from qlora.errors import UserError
+from qlora.models.new_tokens import resize_embeddings
 from qlora.models.tokenizer import load_tokenizer
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.training_plan import find_shape, read_setup
 from qlora.quantization.placement import find_placement
 from qlora.runtime.device import find_device
 from tests.adapters.test_adapters import attach, load
-from tests.adapters.test_choice import logits, move, planned, trained
+from tests.adapters.test_choice import logits, move, planned, save, trained
 from tests.adapters.test_merge import merger
 from tests.training.test_optimizers import check_exact, settings
 
@@ -186,3 +187,23 @@ def test_one_of_two_tied_matrices_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_when_the_config_is_composed(overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         compose(["lora.modules_to_save=[norm]", *overrides])
+
+
+def test_matrices_that_grew_for_new_tokens_are_saved_and_merged_whole(tmp_path: Path, base_folder: Path) -> None:
+    config, base = load(base_folder, "quantization=fp32", MATRICES)
+    resize_embeddings(base, [1600, 1601])
+    model = adapters.add_lora(config.lora, base, tensors=dict, new_token_ids=[1600, 1601], batches=[])
+    move(model)
+    expected = logits(model)
+    folder = save(model, tmp_path / "adapter")
+    _, fresh = load(base_folder, "quantization=fp32")
+    with pytest.raises(UserError, match=r"does not fit model.name"):
+        adapters.load_adapter(fresh, folder, str(base_folder))
+    _, fresh = load(base_folder, "quantization=fp32")
+    resize_embeddings(fresh, [1600, 1601])
+    loaded = adapters.load_adapter(fresh, folder, str(base_folder))
+    assert torch.equal(logits(loaded), expected)
+    made = merger(base_folder, split_adapter(loaded), find_placement(config.quantization, find_device(config.device)))
+    merged = {name: made.tensor(part) for name, part in made.parts.items()}
+    assert merged["lm_head.weight"].shape == merged["model.embed_tokens.weight"].shape == (1602, 64)
+    assert torch.equal(merged["lm_head.weight"], loaded.get_output_embeddings().weight)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora.config.compose import compose
-from qlora.config.registries.quantization_methods import DECODED
+from qlora.config.registries.quantization_methods import DECODED, KEPT
 from qlora.errors import ConfigError
 from qlora.quantization import mxfp4
 from qlora.quantization.saved_formats import FORMATS
@@ -40,9 +40,27 @@ def test_the_files_decide(settings: dict[str, Any], expected: tuple[int, str, bo
     assert quantization.int8_threshold == settings.get("llm_int8_threshold", 6.0)
 
 
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_integers_that_are_decoded_stay_packed(name: str, bits: int, tmp_path: Path):
+    settings = {"quant_method": name, "bits": bits}
+    quantization = compose(["quantization=stored", base(tmp_path, settings)]).quantization
+    assert (quantization.method, quantization.bits) == ("packed", bits)
+    mixture = {"model_type": "qwen3_moe", "num_experts": 8, "quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(mixture))
+    quantization = compose(["quantization=stored", f"model.name={tmp_path}"]).quantization
+    assert (quantization.method, quantization.bits) == ("auto", 16)
+
+
 @pytest.mark.parametrize(
     ("settings", "overrides", "message"),
     [
+        ({"quant_method": "gptq", "bits": 4}, ["lora=dora"], r"lora\.use_dora=true computes with the base weights"),
+        (
+            {"quant_method": "awq", "bits": 4},
+            ["lora=none"],
+            r"lora=none trains all weights, which quantization\.method",
+        ),
         (None, [], r"are not quantized \(its config\.json has no quantization_config\); choose quantization=nf4"),
         ({"quant_method": "aqlm"}, [], r"is quantized by aqlm, which is not decoded here .*original 16-bit weights"),
         (BNB4, ["quantization.bits=8"], r"quantization\.bits=8 and quantization=stored exclude each other"),

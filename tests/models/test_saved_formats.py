@@ -16,9 +16,12 @@ from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models.decoded_files import DecodedWeights
 from qlora.models.weight_files import Checkpoint
-from qlora.quantization.saved_formats import AWQ_ORDER, FORMATS
+from qlora.quantization.method import find_method, method_of
+from qlora.quantization.packed_layer import PackedLinear
+from qlora.quantization.saved_formats import AWQ_ORDER, FORMATS, Codes
 from qlora.run import Run
 from tests.models.bases import change, load, write
+from tests.quantization.test_layerwise import gradients
 
 Packed = dict[str, Tensor]
 Packer = Callable[[str, Tensor], tuple[Packed, Tensor]]
@@ -194,22 +197,68 @@ def test_it_is_quantized_anew_to_the_same_4_bits_as_its_twin(case: str, tmp_path
     assert [name for name, tensor in twin.items() if not torch.equal(saved[name], tensor)] == []
 
 
-def test_an_adapter_on_it_is_trained_and_merged_into_16_bit_files(tmp_path: Path):
+@pytest.mark.parametrize("case", ["gptq", "gptq-ordered", "gptq-v2-8", "awq"])
+def test_packed_integers_stay_packed_and_compute_as_their_twin(case: str, tmp_path: Path):
+    saved, twin = save(case, tmp_path)
+    exact = "quantization.compute_dtype=fp32"
+    packed, full = load(saved, "quantization=stored", exact), load(twin, "quantization=fp32")
+    method = method_of(packed)
+    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)}
+    assert len(layers) == 14
+    bits = CASES[case][0]["bits"]
+    for name, layer in layers.items():
+        assert torch.equal(method.dequantize(layer), full.get_submodule(name).weight)
+        assert layer.weight.numel() * 8 == layer.in_features * layer.out_features * bits
+        assert method.count(layer.weight) == (layer.in_features * layer.out_features, f"int{bits}")
+    config = compose(["lora.r=4", "lora.dropout=0"])
+    one, other = gradients(packed, config), gradients(full, config)
+    assert one.keys() == other.keys()
+    for key, gradient in other.items():
+        assert torch.allclose(one[key], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), key
+
+
+def test_the_plan_counts_the_bytes_of_packed_integers():
+    config = compose(["quantization=int8", "quantization.method=packed", "quantization.bits=4"]).quantization
+    codes = Codes(4, torch.zeros(256, 64), torch.zeros(2, 64), torch.zeros(2, 64).half(), torch.arange(256) // 128)
+    layer = PackedLinear(codes, None, torch.device("cpu"))
+    kept = sum(part.numel() * part.element_size() for part in (layer.weight, layer.scales, layer.zeros))
+    assert find_method(config).stored_base(config).matrix_bytes(64, 256) == kept
+
+
+@pytest.mark.parametrize("choice", ["stored", "none"])
+def test_an_adapter_on_it_is_trained_and_merged_into_16_bit_files(choice: str, tmp_path: Path):
     saved, twin = save("gptq", tmp_path)
     quick = [
         *("lora.r=4", "recipe=none", "trainer.eval_steps=null", "data.max_train_samples=8", "data.max_eval_samples=4"),
         *("evaluation=loss", "task.predict=false", "trainer.per_device_train_batch_size=2", "model.tokenizer=tiny"),
-        *("trainer.gradient_accumulation_steps=1", "trainer.optim=adamw_torch", "trainer.max_steps=2", "device=cpu"),
-        *("trainer.save_steps=null", f"model.name={saved}", "quantization=stored"),
+        *("trainer.gradient_accumulation_steps=1", "trainer.optim=adamw_torch", "trainer.max_steps=4", "device=cpu"),
+        *("trainer.save_steps=2", f"model.name={saved}", f"quantization={choice}"),
     ]
-    assert compose(quick).quantization.bits == 16
+    assert compose(quick).quantization.bits == (4 if choice == "stored" else 16)
     Run(compose(quick), tmp_path / "run").execute()
+    if choice == "stored":
+        shutil.copytree(tmp_path / "run", tmp_path / "parts")
+        for made_later in ("adapter", "checkpoints/checkpoint-4"):
+            shutil.rmtree(tmp_path / "parts" / made_later)
+        (tmp_path / "parts" / "result.json").unlink()
+        Run(compose(quick), tmp_path / "parts").execute()
+        one, other = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("run", "parts"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
     adapter = f"adapter={tmp_path / 'run' / 'adapter'}"
     merged = Run(compose([*quick, "task=merge", adapter, "merge.dtype=fp32"]), tmp_path / "merged").execute()
     assert merged["metrics"]["merge_kl_mean"] < 1e-5
     folder = Path(merged["paths"]["merged"])
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert load_file(folder / "model.safetensors").keys() == load_file(twin / "model.safetensors").keys()
+
+
+def test_a_base_without_integers_is_refused(tmp_path: Path):
+    chosen = ("quantization=int8", "quantization.method=packed", "quantization.bits=4")
+    with pytest.raises(UserError, match=r"^quantization.method=packed keeps the integers of GPTQ and AWQ, and the "
+                       r"files of this base hold 16-bit weights; choose quantization=nf4 or another"):  # fmt: skip
+        load(write("llama", tmp_path / "plain"), *chosen)
+    with pytest.raises(UserError, match=r"the files of this base hold fp8; choose quantization=nf4"):
+        load(save("fp8", tmp_path / "other")[0], *chosen)
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,15 @@ METHODS = {
     "bnb8": Entry("qlora.quantization.bnb8.method:Bnb8", (8,)),
     "hqq": Entry("qlora.quantization.hqq:Hqq", (2, 3, 4)),
     "torchao": Entry("qlora.quantization.torchao:Torchao", (8,)),
+    "packed": Entry("qlora.quantization.packed:Packed", (2, 4, 8)),
     "none": Entry("qlora.quantization.none:Unquantized", (16, 32)),
 }
 DEFAULTS = {4: "bnb4", 8: "bnb8", 16: "none", 32: "none"}
 """The method that `quantization.method=auto` takes, by `quantization.bits`."""
 DECODED = ("fp8", "compressed-tensors", "gptq", "awq", "hqq", "torchao", "mxfp4")
 """What the files of a base may be quantized by, as `quant_method` in `config.json`, and are decoded from."""
+KEPT = ("gptq", "awq")
+"""Those of which `quantization=stored` keeps the integers packed (`packed`); experts of a mixture are decoded."""
 BITS = tuple(sorted({count for entry in METHODS.values() for count in entry.bits}))
 """The values of `quantization.bits` that any method has."""
 AUTO = "auto"
