@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from urllib.parse import parse_qsl, urlsplit
 
 from qlora.errors import ConfigError, did_you_mean
-from qlora.secrets import find_secret
+from qlora.secrets import SUSPICIOUS, find_secret
 
 PACKAGES = {
     "s3": ("s3fs", "s3"),
@@ -68,6 +68,8 @@ def unreadable_reason(path: str) -> str | None:
     scheme = scheme_of(path)
     if scheme not in PACKAGES:
         near = did_you_mean(scheme, SCHEMES)
+        if not scheme:
+            return f"it is no address, which begins with one of {', '.join(f'{name}://' for name in SCHEMES[:-1])}"
         if scheme in ("file", "local"):
             return f"a file of this machine is named without {scheme}://"
         return f"rows are not read by {scheme}://{near}; the schemes are {', '.join(SCHEMES)}"
@@ -84,7 +86,13 @@ def secret_reason(path: str) -> str | None:
     if "@" in parts.netloc:
         return "a name or password in an address"
     if scheme_of(path) in ("https", "http"):
-        if any(len(value) > LONGEST_VALUE for _, value in parse_qsl(parts.query, keep_blank_values=True)):
+        query = [
+            *parse_qsl(parts.query, keep_blank_values=True),
+            *parse_qsl(parts.path.partition(";")[2], keep_blank_values=True),
+        ]
+        if any(SUSPICIOUS.search(name) for name, value in query if value):
+            return "a key or password in the query of an address"
+        if any(len(text) > LONGEST_VALUE for name, value in query for text in (value, "" if value else name)):
             return "a long value in the query of an address, as signed ones have"
         if parts.fragment:
             return "a part behind # in an address, which no server is sent"

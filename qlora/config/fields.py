@@ -16,24 +16,13 @@ from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from qlora.config.schema import HOLDS, MAPPINGS, Config
+from qlora.config.schema.values import SCALARS, SHAPES
 
 KeyPath = tuple[str, ...]
 """A full key, level by level; a name in a mapping may itself hold dots, and `[0]` is an element of a list."""
 
 SWEPT = ("hydra", "sweeper", "params")
 """Where a file lists what to sweep: keys, and their values as the command line writes them."""
-
-SCALARS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    Any: "any value",
-}
-"""Types of single values, in words."""
-
-SHAPES = {list: "a list such as [a,b]", dict: "a mapping such as {a: 1}"}
-"""Types that hold other values, in words."""
 
 
 def type_at(path: KeyPath) -> Any:

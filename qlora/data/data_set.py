@@ -256,7 +256,7 @@ class RowSet:
         if size >= count:
             raise ConfigError(
                 f"{self.part.label}: its first {size:,} rows are held out, and it has {count:,}, which leaves none to "
-                f"train on; set data.eval_dataset_size={max(count // 10, 1)}, or hold rows of your own out with "
+                f"train on; set data.eval_dataset_size={max(count // 10, 1) if count > 1 else 0}, or hold rows of your own out with "
                 "data.eval_path=FILE"
             )
         return order[size:], order[:size][: self.config.max_eval_samples] if self.config.splits_off else None

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from qlora.config.registries.rope_scaling import ORIGINAL, ROPE_TYPES, TYPE, check_has_rope
+from qlora.config.registries.rope_scaling import (
+    ORIGINAL,
+    PARTIAL,
+    ROPE_TYPES,
+    TYPE,
+    check_has_rope,
+    check_rotated,
+)
 from qlora.config.schema import ModelConfig, described_settings
 from qlora.errors import ConfigError, describe_fault, did_you_mean
 from qlora.models.causal import check_is_causal
@@ -168,6 +175,8 @@ def scale_rope(model_config: Any, scaling: Mapping[str, Any] | None) -> None:
         return
     text = model_config.get_text_config()
     rope = text.rope_parameters.get("full_attention", text.rope_parameters)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    check_rotated(scaling, model_config.model_type, head_dim, rope.get(PARTIAL))
     kept = {name: rope[name] for name in ROPE_TYPES[scaling[TYPE]].reads if name in rope}
     rope.clear()
     rope.update(kept | dict(scaling))

@@ -185,7 +185,11 @@ ANSWERS = {
         "env://NOT_SET_HERE",
         "data.path=env://NOT_SET_HERE: the variable NOT_SET_HERE of the environment is",
     ),
-    "a variable of no address": ("env://HOME", "data.path=env://HOME: the address in HOME cannot be read"),
+    "a variable of no address": (
+        "env://HOME",
+        "data.path=env://HOME: the address in HOME cannot be read: it is "
+        "no address, which begins with one of s3://, gs://, https://, hf://",
+    ),
     "nothing in memory": ("memory://none/rows.jsonl", "data.path=memory://none/rows.jsonl: there is no such file"),
 }
 

@@ -18,7 +18,7 @@ from qlora.data.batching.item_stream import ItemStream
 from qlora.data.batching.stream_state import STATE
 from qlora.data.batching.token_store import column
 from qlora.data.pipeline import Data, StreamLength, build_data
-from qlora.errors import DataError, UserError
+from qlora.errors import DataError, RunError, UserError
 
 STEP = 4
 """Items an optimizer step takes in these tests."""
@@ -274,6 +274,21 @@ def test_a_stream_without_a_row_to_train_on_ends_with_a_sentence(stream_of: Any,
     path.write_text("".join(json.dumps({"input": "a", "output": " "}) + "\n" for _ in range(30)))
     with pytest.raises(DataError, match="none of the 30 rows has a token to train on"):
         stream_of(path=str(path))
+
+
+def test_more_or_fewer_sets_are_refused_where_a_run_goes_on(stream_of: Any, tmp_path: Path) -> None:
+    paths = [str(write_rows(tmp_path / f"{name}.jsonl", 30, name)) for name in "ab"]
+    stream(stream_of(path=paths[0])).save(tmp_path, 0)
+    mixed = stream(stream_of(mix={"a": {"path": paths[0]}, "b": {"path": paths[1]}}))
+    with pytest.raises(
+        RunError, match=r"was written while data.path=.*a.jsonl was streamed, and the config names data.mix.a"
+    ):
+        mixed.load(tmp_path, 0)
+
+
+def test_a_single_row_can_only_be_trained_on(stream_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"it has 1, which leaves none to train on; set data.eval_dataset_size=0,"):
+        stream_of(path=str(write_rows(tmp_path / "rows.jsonl", 1)), eval_dataset_size=None)
 
 
 def test_too_few_rows_to_hold_out_are_refused(stream_of: Any, tmp_path: Path) -> None:

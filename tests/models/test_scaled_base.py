@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
 
 from qlora.config.compose import compose
-from qlora.errors import UserError
+from qlora.errors import ConfigError, UserError
 from qlora.models.embedded import EMBEDDED
 from qlora.models.model_config import has_rope, scale_rope
 from qlora.run import Run
@@ -101,3 +102,17 @@ def test_a_model_without_rotary_positions_is_refused_when_it_is_read() -> None:
     assert not has_rope(GPT2Config())
     with pytest.raises(UserError, match="stretches rotary positions, and gpt2 has none; leave it"):
         scale_rope(GPT2Config(), {"rope_type": "linear", "factor": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ({"rope_type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2], "original_max_position_embeddings": 8},
+         f"short_factor has 2 numbers, and this llama rotates {HALF_HEAD} pairs of each head's numbers; give one for"),
+        ({"rope_type": "yarn", "factor": 2, "partial_rotary_factor": 0.5},
+         "partial_rotary_factor=0.5: llama rotates whole heads; leave it out"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_heads_of_a_model_is_said_of_the_scaling(scaling: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"model.rope_scaling.{said}")):
+        scale_rope(AutoConfig.from_pretrained(TINY), scaling)

@@ -66,6 +66,10 @@ SECRETS = {
     "signed for Google": f"https://storage.googleapis.com/b/r.jsonl?X-Goog-Signature={SECRET}",
     "signed for Azure": f"https://b.blob.core.windows.net/c/r.jsonl?sv=2024&sig={SECRET}",
     "signed under another name": f"https://host/rows.jsonl?ticket={SECRET}",
+    "signed without a name": f"https://host/rows.jsonl?{SECRET}",
+    "signed behind a semicolon": f"https://host/rows.jsonl;{SECRET}",
+    "short key": "https://host/rows.jsonl?key=abc",
+    "short password": "https://host/rows.jsonl?user=me&pass=hunter2",
     "bucket with keys": f"s3://AKIAIOSFODNN7EXAMPLE:{SECRET}@bucket/rows.jsonl",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from qlora.text import brief
 
 KEY = "model.rope_scaling"
 TYPE = "rope_type"
-FACTOR, ORIGINAL = "factor", "original_max_position_embeddings"
+FACTOR, ORIGINAL, PARTIAL = "factor", "original_max_position_embeddings", "partial_rotary_factor"
 NO_ROPE = frozenset(
     [
         "biogpt",
@@ -45,7 +46,7 @@ class RopeType:
 
     needs: tuple[str, ...] = (FACTOR,)
     takes: tuple[str, ...] = ()
-    reads: tuple[str, ...] = field(default=("rope_theta", "partial_rotary_factor"))
+    reads: tuple[str, ...] = field(default=("rope_theta", PARTIAL))
     """What is kept of the model's own where it is not given."""
 
     @property
@@ -73,9 +74,9 @@ def check_rope_scaling(scaling: Any) -> None:
         raise ConfigError(f"{KEY} must be a mapping such as {example}, got {brief(scaling)}")
     if (kind := scaling.get(TYPE)) is None:
         raise ConfigError(f"{KEY}.{TYPE} is missing; choose one of {', '.join(ROPE_TYPES)}, e.g. {KEY}={example}")
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ConfigError(
-            f"{KEY}.{TYPE}={kind} is unknown{did_you_mean(str(kind), ROPE_TYPES)}; choose one of "
+            f"{KEY}.{TYPE}={brief(kind) if not isinstance(kind, str) else kind} is unknown{did_you_mean(str(kind), ROPE_TYPES)}; choose one of "
             f"{', '.join(ROPE_TYPES)}, or leave {KEY} out: then the model's own is kept"
         )
     known = ROPE_TYPES[kind]
@@ -112,11 +113,13 @@ def _broken_rule(name: str, value: Any) -> str | None:
         return None if isinstance(value, int) and _is_positive(value) else "be a positive whole number of tokens"
     if name == FACTOR:
         return None if _is_positive(value) and value >= 1 else "be a number of at least 1"
+    if name == PARTIAL:
+        return None if _is_positive(value) and value <= 1 else "be above 0 and at most 1"
     return None if _is_positive(value) else "be a positive number"
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def scaled_context(scaling: Mapping[str, Any], context: int | None) -> int | None:
@@ -132,6 +135,22 @@ def check_has_rope(scaling: Any, model_type: str, *, has_rope: bool) -> None:
             f"{KEY} stretches rotary positions, and {model_type} has none; leave it out, or choose a model that has "
             "them, such as llama, mistral, qwen3 or gemma3"
         )
+
+
+def check_rotated(scaling: Mapping[str, Any], model_type: str, head_dim: int, partial: float | None) -> None:
+    """Raises `ConfigError` for a scaling of more or fewer numbers than a model rotates.
+
+    `partial` is the fraction of a head that it rotates; None: it always rotates the whole.
+    """
+    if partial is None and scaling.get(PARTIAL, 1) != 1:
+        raise ConfigError(f"{KEY}.{PARTIAL}={scaling[PARTIAL]:g}: {model_type} rotates whole heads; leave it out")
+    pairs = int(head_dim * scaling.get(PARTIAL, partial or 1)) // 2
+    for name in ("short_factor", "long_factor"):
+        if name in scaling and len(scaling[name]) != pairs:
+            raise ConfigError(
+                f"{KEY}.{name} has {len(scaling[name])} numbers, and this {model_type} rotates {pairs} pairs of each "
+                f"head's numbers; give one for each pair"
+            )
 
 
 def check_positions(max_length: int, context: int, model: str, *, has_rope: bool, is_scaled: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +16,7 @@ from qlora.config.registries.chat_templates import template_names
 from qlora.config.registries.data_formats import format_names
 from qlora.config.schema.code_names import FUNCTION_PATH
 from qlora.config.schema.stream import SHUFFLE_BUFFER, check_stream
-from qlora.config.schema.values import HOLDS
+from qlora.config.schema.values import HOLDS, type_in_words, written
 from qlora.errors import ConfigError, did_you_mean, require
 from qlora.text import parse_size
 
@@ -302,7 +302,9 @@ def build_mix(name: str, part: object) -> MixConfig:
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MixConfig), values))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}") from error
+        name = str(error.full_key).split(".")[0]
+        holds = type_in_words(get_type_hints(MixConfig)[name])
+        raise ConfigError(f"{key}.{name} must be {holds}, got {written(values[name])!r}") from error
     assert isinstance(typed, MixConfig)
     require(typed.max_samples is None or typed.max_samples > 0, f"{key}.max_samples", "be positive or null",
             typed.max_samples)  # fmt: skip

@@ -19,6 +19,7 @@ from qlora.data.batching.token_store import Counts, Job, encode_rows, sum_up
 from qlora.data.ingest.row_stream import RowSource
 from qlora.data.overlap import HeldOut, Overlap, describe, keep_best
 from qlora.errors import DataError, RunError
+from qlora.text import listed
 
 log = logging.getLogger(__name__)
 
@@ -179,9 +180,15 @@ class ItemStream:
     def load(self, folder: Path, index: int) -> None:
         """Goes on as `save` has left off; the next item is number `index`.
 
-        Raises `RunError` where the files have other sizes than before.
+        Raises `RunError` where there are more or fewer sets, or files of other sizes, than before.
         """
         state, about = load_state(folder)
+        if len(about["sets"]) != len(self.sets):
+            raise RunError(
+                f"{folder.name} was written while {listed(about['sets'])} was streamed, and the config names "
+                f"{listed(self._about['sets'])}, so that there is no place to resume at; name the same sets, or choose "
+                "another folder (hydra.run.dir=FOLDER or name=NAME)"
+            )
         for label, previous, now in zip(about["sets"], about["sizes"], self._about["sizes"], strict=True):
             if previous != now:
                 raise RunError(
