@@ -132,6 +132,7 @@ def build_report(
         common=sweep.common,
         command=_command(best) if best else None,
         goals=board.goals,
+        verdicts=board.verdicts,
         left_out=board.left_out,
         is_sweep=is_sweep,
         pair=pair,
