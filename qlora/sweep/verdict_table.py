@@ -11,7 +11,7 @@ from qlora.reporting.runs_page_parts import Verdicts
 from qlora.runtime.run_folder import RunFolder
 from qlora.runtime.saved_run import read_manifest
 from qlora.sweep.jobs import Job, Status
-from qlora.sweep.verdicts import ERROR, Comparison, Question, Verdict, judge
+from qlora.sweep.verdicts import ERROR, Comparison, Question, Verdict, judge, read_comparison, read_question
 from qlora.text import format_duration, format_number, format_range, is_share, listed, plural
 
 
@@ -51,6 +51,17 @@ def describe_comparison(question: Question, item: Comparison) -> str:
     return f"{question.by}={item.value}: {_verdict(item)}{ending}{f' ({item.reason})' if item.reason else ''}"
 
 
+def recorded_verdicts(overview: Mapping[str, Any]) -> list[str]:
+    """Returns the verdicts that the overview of a sweep holds, each in one line."""
+    try:
+        question = read_question(overview.get("compare"))
+        return [] if question is None else [
+            describe_comparison(question, read_comparison(record)) for record in overview["verdicts"]
+        ]  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
 def describe_question(question: Question) -> str:
     """Returns the question, and how many seeds it may take, in one line."""
     first, last = question.seeds[0], question.seeds[-1]
@@ -83,7 +94,7 @@ def _in_points(question: Question) -> bool:
 def _note(question: Question) -> str:
     return (
         f"Differences are those of the same seeds. With a probability of {1 - ERROR:.0%} all intervals hold at once, "
-        "at every number of seeds and for every candidate (the t-test's confidence sequence, Bonferroni over candidates): "
+        "at every number of seeds and for every candidate (the t-test's confidence sequence, Bonferroni's correction): "
         f"better and worse are intervals on one side of 0, same lies within ±{_margin(question)}."
     )
 

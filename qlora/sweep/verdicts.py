@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from qlora.errors import DamagedFile
-from qlora.runtime.saved_run import RESULTS, json_number, read_result
+from qlora.runtime.saved_run import RESULTS, json_number, read_result, to_number
 from qlora.sweep.confidence_sequence import Interval, confidence_interval, fewest_values
 from qlora.sweep.jobs import Job, Status
 from qlora.text import is_share
@@ -115,6 +115,14 @@ class Comparison:
             **numbers,
             "reason": self.reason,
         }
+
+
+def read_comparison(record: Mapping[str, Any]) -> Comparison:
+    """Returns the comparison that `to_dict` wrote; raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+    interval = None
+    if record["difference"] is not None:
+        interval = Interval(*(to_number(record[name]) for name in ("difference", "low", "high")))
+    return Comparison(record["value"], Verdict(record["verdict"]), record["seeds"], interval, record["reason"])
 
 
 def judge(question: Question, jobs: Mapping[str, Job]) -> list[Comparison]:

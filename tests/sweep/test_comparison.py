@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +20,10 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
+from qlora.board.run_list import RunList
+from qlora.board.served_folder import ServedFolder
 from qlora.config import command
-from qlora.config.compose import compose_dict, opened_hydra
+from qlora.config.compose import compose, compose_dict, opened_hydra
 from qlora.config.schema import CompareConfig
 from qlora.errors import UserError
 from qlora.sweep.comparison import plan_comparison
@@ -23,8 +31,12 @@ from qlora.sweep.confidence_sequence import Interval, confidence_interval, fewes
 from qlora.sweep.grid import run_grid
 from qlora.sweep.jobs import Job, Status, write_status
 from qlora.sweep.launcher import JobsFailed
+from qlora.sweep.leaderboard import build_leaderboard
+from qlora.sweep.report_runs import report
+from qlora.sweep.summary_run import count_jobs
 from qlora.sweep.sweep_folder import read_sweep
 from qlora.sweep.sweep_page import write_overview
+from qlora.sweep.verdict_table import build_verdict_table, gpu_hours
 from qlora.sweep.verdicts import Question, Verdict, decide, judge, missing_jobs, read_question
 
 FOLDER = Path("outputs/sweeps/compared")
@@ -55,7 +67,9 @@ def loss_of(rank: int, seed: int) -> float:
 def finish(folder: Path, loss: float) -> None:
     """Does what the process of a job does."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps({"objective": loss, "metrics": {"eval_loss": loss}}))
+    (folder / "result.json").write_text(
+        json.dumps({"objective": loss, "metrics": {"eval_loss": loss, "eval_exact_match": loss}})
+    )
     write_status(folder, Status.finished, result="result.json", seconds=2.0)
 
 
@@ -98,10 +112,10 @@ def run(
     return rounds
 
 
-def compose_and_run(*args: str) -> None:
+def compose_and_run(*args: str, measure: Callable[[int, int], float | None] = loss_of) -> None:
     """Does what the command line does with a sweep."""
     command.compose_command(args, multirun=True, leave_grid=True)
-    run(*args)
+    run(*args, measure=measure)
 
 
 def overview() -> dict[str, Any]:
@@ -199,6 +213,45 @@ def test_what_a_job_s_process_writes_keeps_the_verdicts() -> None:
     write_overview(FOLDER, None)
     assert overview()["verdicts"] == verdicts_at_end
     assert read_sweep(FOLDER).question is not None
+
+
+def test_report_board_and_trackers_say_the_verdicts(tmp_path: Path) -> None:
+    run("lora.r=2,8", ASKED)
+    [table] = [line for line in (FOLDER / "leaderboard.md").read_text().splitlines() if "| worse |" in line]
+    report(compose(["task=report", f"runs={FOLDER}"]), tmp_path / "report")
+    assert table in (tmp_path / "report" / "leaderboard.md").read_text()
+    assert 'id="verdicts"' in (tmp_path / "report" / "report.html").read_text()
+    [listed] = RunList(ServedFolder(tmp_path / "outputs")).read()["sweeps"]
+    [said] = listed["verdicts"]
+    assert re.fullmatch(r"lora.r=2: worse, \+0\.\d{3} to \+0\.\d{3} after 4 seeds", said)
+    sweep = read_sweep(FOLDER)
+    assert count_jobs(sweep, build_leaderboard(sweep))["verdict/lora.r=2"] == "worse"
+
+
+def test_gpu_hours_are_told_where_all_jobs_ran_on_gpus() -> None:
+    run("lora.r=2,8", ASKED)
+    assert "GPU hours" not in (FOLDER / "leaderboard.md").read_text()
+    for folder in FOLDER.glob("lora*"):
+        manifest = {"hardware": {"gpus": [{"name": "A"}, {"name": "B"}]}, "config": {"device": "auto"}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    sweep = read_sweep(FOLDER)
+    assert sweep.question is not None
+    table = build_verdict_table(sweep.question, sweep.jobs)
+    assert table.head[-1] == "GPU hours"
+    assert [line[-1] for line in table.lines] == ["<0.01", "<0.01"]
+    assert gpu_hours(sweep.jobs.values()) == pytest.approx(8 * 2 * 2.0 / 3600)
+
+
+def test_a_damaged_question_is_named_and_costs_the_verdicts_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    run("lora.r=2,8", ASKED)
+    record = overview()
+    record["compare"]["jobs"] = 3
+    (FOLDER / "sweep.json").write_text(json.dumps(record))
+    sweep = read_sweep(FOLDER)
+    assert "sweep.json is damaged (compare: it is not a question)" in capsys.readouterr().err
+    assert (sweep.question, len(sweep.jobs)) == (None, 8)
+    assert run("lora.r=2,8", ASKED) == []
+    assert verdicts() == {"2": "worse"}
 
 
 @pytest.mark.matrix(6)
@@ -299,6 +352,89 @@ def test_groups_texts_and_lists_can_be_compared() -> None:
         key = swept.partition("=")[0]
         asked = CompareConfig(by=key, baseline=OmegaConf.select(compose_dict([f"{key}={baseline}"]), key), margin=0.1)
         assert plan_comparison(asked, [swept], compose_dict([]), None).settings is asked
+
+
+JOB = """
+import json, os, random, sys, time
+folder, *overrides = sys.argv[1:]
+given = dict(text.partition("=")[::2] for text in overrides)
+rank, seed = given["lora.r"], given["seed"]
+time.sleep(random.uniform(0.05, 0.3))
+noise = random.Random(seed).gauss(0, 0.5) + random.Random(f"{rank} {seed}").gauss(0, 0.003)
+loss = 1 + {"2": 0.1, "8": 0, "16": 0.001}[rank] + noise
+status = json.load(open(f"{folder}/status.json")) | {"status": "finished", "result": "result.json", "seconds": 0.1}
+for name, record in {"result": {"objective": loss, "metrics": {"eval_loss": loss}}, "status": status}.items():
+    with open(f"{folder}/.{name}", "w") as file:
+        json.dump(record, file)
+    os.replace(f"{folder}/.{name}", f"{folder}/{name}.json")
+"""
+PROGRAM = f"""
+import sys
+from functools import partial
+from qlora.config.compose import compose_dict
+from qlora.sweep import launcher
+from qlora.sweep.engines import build_engine
+from qlora.sweep.grid import run_grid
+
+JOB = {JOB!r}
+launcher.command = lambda config, folder, overrides: [sys.executable, "-c", JOB, str(folder.absolute()), *overrides]
+config = compose_dict(sys.argv[1:], leave_swept=True)
+run_grid(config, sys.argv[1:], launch=None, build=partial(build_engine, config.hydra.launcher))
+"""
+"""A sweep whose jobs are processes that measure what they are told instead of training."""
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """Starts a sweep of two jobs at a time."""
+    folder.mkdir(exist_ok=True)
+    args = [f"hydra.sweep.dir={FOLDER}", "hydra.launcher.n_jobs=2", "device=cpu", "lora.r=2,8,16", ASKED]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *args], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param(1, id="one", marks=pytest.mark.slow),
+        pytest.param(int(os.environ.get("QLORA_TEST_KILLS", "3")), marks=pytest.mark.full),
+    ],
+)
+def test_processes_run_in_rounds_and_a_sweep_killed_at_any_moment_ends_in_the_same_table(
+    kills: int, tmp_path: Path
+) -> None:
+    calm, began = start(tmp_path / "calm"), time.monotonic()
+    output, _ = calm.communicate(timeout=300)
+    assert calm.returncode == 0, output
+    assert "lora.r=2: worse, +" in output
+    took, draw, hit = time.monotonic() - began, random.Random(0), 0
+    for _ in range(kills):
+        process = start(tmp_path / "killed")
+        try:
+            process.communicate(timeout=draw.uniform(0.4, 0.9) * took)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            hit += 1
+    assert hit
+    process = start(tmp_path / "killed")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert table_of(tmp_path / "killed" / FOLDER) == table_of(tmp_path / "calm" / FOLDER)
+
+
+# The documentation
+
+
+def test_the_questions_of_the_manual_are_answered() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    commands = [line.split(" #")[0] for line in text.splitlines() if line.startswith("qlora ") and "compare" in line]
+    assert len(commands) > 2
+    for line in commands:
+        args = [word for word in shlex.split(line)[1:] if word != "-m"]
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        compose_and_run(*args, measure=lambda rank, seed: 1 + seed + rank / 10)
+        assert verdicts()
 
 
 # The statistics
