@@ -115,15 +115,16 @@ def bisect(is_below: Callable[[float], bool], low: float, high: float) -> float:
 def exact_interval(count: int, total: int, error: float = 0.05) -> tuple[float, float]:
     """Returns the exact (Clopper-Pearson) interval of a share."""
 
-    def at_most(k: int, share: float) -> float:
-        if share in (0.0, 1.0):
-            return 1.0 if share == 0.0 or k >= total else 0.0
-        logs = (math.lgamma(total + 1) - math.lgamma(index + 1) - math.lgamma(total - index + 1)
-                + index * math.log(share) + (total - index) * math.log1p(-share) for index in range(k + 1))  # fmt: skip
+    def at_most(k: int, fraction: float) -> float:
+        if fraction in (0.0, 1.0):
+            return 1.0 if fraction == 0.0 or k >= total else 0.0
+        odds = math.log(fraction), math.log1p(-fraction)
+        ways = [math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) for i in range(k + 1)]
+        logs = (way + i * odds[0] + (total - i) * odds[1] for i, way in enumerate(ways))
         return math.fsum(map(math.exp, logs))
 
-    low = 0.0 if count == 0 else bisect(lambda share: 1 - at_most(count - 1, share) < error / 2, 0.0, 1.0)
-    high = 1.0 if count == total else bisect(lambda share: at_most(count, share) > error / 2, 0.0, 1.0)
+    low = 0.0 if count == 0 else bisect(lambda fraction: 1 - at_most(count - 1, fraction) < error / 2, 0.0, 1.0)
+    high = 1.0 if count == total else bisect(lambda fraction: at_most(count, fraction) > error / 2, 0.0, 1.0)
     return low, high
 
 
