@@ -20,7 +20,7 @@ from qlora.sweep.launcher import find_job
 from qlora.sweep.leaderboard import SEED
 from qlora.sweep.sweep_folder import Sweep
 from qlora.sweep.verdict_table import describe_comparison, describe_question
-from qlora.sweep.verdicts import Question, Verdict, judge, missing_jobs
+from qlora.sweep.verdicts import Question, Verdict, fewest_seeds, judge, missing_jobs
 from qlora.text import better_direction, listed
 
 SPLIT_KEYS = (
@@ -40,12 +40,12 @@ class Compared:
     """The key whose values are compared."""
     grid: Combinations
     """All values with all seeds."""
+    baseline: str
+    """The value with which the others are compared, as an override writes it."""
+    metric: str
+    maximizes: bool
+    margin: float
     seeds: list[int]
-    settings: CompareConfig
-    first: Config
-
-    def __len__(self) -> int:
-        return len(self.grid)
 
     def question(self, sweep: Sweep) -> tuple[Question, dict[str, tuple[list[str], list[str]]]]:
         """Returns the question, and for each job's name its overrides, all of them and those that distinguish it."""
@@ -58,19 +58,8 @@ class Compared:
             job = find_job(sweep, self.grid.config(positions), distinct)
             names[next(_value(text) for text in distinct if text in self.axis.overrides)].append(job.name)
             overrides[job.name] = texts, distinct
-        settings = self.settings
-        metric = settings.metric or self.first.objective
-        assert metric is not None, "`plan_comparison` checks it"
-        assert settings.margin is not None, "its group checks it"
-        question = Question(
-            by=self.axis.key.lstrip("+"),
-            baseline=_value(self.axis.overrides[_baseline(self.axis, settings)]),
-            metric=metric,
-            maximizes=_direction(settings, metric) == "maximize",
-            margin=settings.margin,
-            seeds=self.seeds,
-            jobs=names,
-        )
+        by = self.axis.key.lstrip("+")
+        question = Question(by, self.baseline, self.metric, self.maximizes, self.margin, self.seeds, names)
         return question, overrides
 
 
@@ -85,19 +74,20 @@ def plan_comparison(settings: CompareConfig, overrides: Sequence[str], base: Any
     values = ",".join(map(str, seeds))
     grid = Combinations([*overrides, f"{SEED}={values}"], config_dir, base=base)
     index = next(index for index, other in enumerate(grid.axes) if other.key == axis.key)
-    _baseline(axis, settings)
+    baseline = _find_baseline(axis, settings)
     configs = [
         grid.config([position if number == index else 0 for number in range(len(grid.axes))])
         for position in range(len(axis.overrides))
     ]
-    _check_configs(axis, settings, configs)
-    needed = Question("", "0", "", False, 1.0, [0], {str(number): [""] for number in range(len(configs))}).fewest_seeds
-    if settings.max_seeds < needed:
+    metric, direction = _find_metric(settings, configs)
+    _check_configs(axis, metric, configs)
+    if settings.max_seeds < (needed := fewest_seeds(len(configs) - 1)):
         raise ConfigError(
             f"sweep.compare.max_seeds={settings.max_seeds} can decide nothing: beside {len(configs) - 1} "
             f"candidate{'s' if len(configs) > 2 else ''} the first verdict needs {needed} seeds; raise it, e.g. to 20"
         )
-    return Compared(axis, grid, seeds, settings, configs[0])
+    assert settings.margin is not None, "its group checks it"
+    return Compared(axis, grid, baseline, metric, direction == "maximize", settings.margin, seeds)
 
 
 def _find_axis(settings: CompareConfig, axes: Sequence[Axis]) -> Axis:
@@ -122,13 +112,14 @@ def _find_axis(settings: CompareConfig, axes: Sequence[Axis]) -> Axis:
     return swept[by]
 
 
-def _baseline(axis: Axis, settings: CompareConfig) -> int:
-    """Returns the position of the baseline among the values; raises `ConfigError` if it is none of them."""
-    values = [plain_value(override.value()) for override in parse_overrides(axis.overrides)]
+def _find_baseline(axis: Axis, settings: CompareConfig) -> str:
+    """Returns the baseline as its override writes it; raises `ConfigError` if it is none of the values."""
     baseline = settings.baseline
-    for position, value in enumerate(values):
-        if value == baseline and isinstance(value, bool) == isinstance(baseline, bool):
-            return position
+    for text, override in zip(axis.overrides, parse_overrides(axis.overrides), strict=True):
+        value = plain_value(override.value())
+        is_equal = value == baseline and isinstance(value, bool) == isinstance(baseline, bool)
+        if is_equal or (isinstance(baseline, str) and baseline == _value(text)):
+            return _value(text)
     texts = listed(map(_value, axis.overrides))
     if baseline is None:
         raise ConfigError(f"sweep.compare.baseline is not set; name the value to compare with, one of {texts}")
@@ -137,8 +128,8 @@ def _baseline(axis: Axis, settings: CompareConfig) -> int:
     )
 
 
-def _check_configs(axis: Axis, settings: CompareConfig, configs: Sequence[Config]) -> None:
-    """Raises `ConfigError` for runs that cannot be compared by the metric."""
+def _find_metric(settings: CompareConfig, configs: Sequence[Config]) -> tuple[str, str]:
+    """Returns the metric and its direction; raises `ConfigError` where the runs do not measure it."""
     if configs[0].sweep.detach:
         raise ConfigError(
             "sweep.detach=true: sweep.compare needs the result of each seed to add the next one; leave it out"
@@ -148,17 +139,29 @@ def _check_configs(axis: Axis, settings: CompareConfig, configs: Sequence[Config
         raise ConfigError("sweep.compare.metric is not set, and objective=null; name a metric, e.g. eval_loss")
     for config in configs:
         check_measured(config, metric, "sweep.compare.metric")
-    if _direction(settings, metric) is None:
+    direction = better_direction(metric) if settings.direction is Direction.auto else settings.direction.value
+    if direction is None:
         raise ConfigError(
             f"sweep.compare.metric={metric}: its name does not say which values are better; add "
             "sweep.compare.direction=maximize or sweep.compare.direction=minimize"
         )
+    return metric, direction
+
+
+def _check_configs(axis: Axis, metric: str, configs: Sequence[Config]) -> None:
+    """Raises `ConfigError` for runs whose differences say nothing."""
+    task = configs[0].task
+    if not (task.name.trains and task.train):
+        raise ConfigError(
+            f"sweep.compare adds training runs with other seeds, and these runs (task={written(task.name)}) train "
+            "nothing; train each value with task=train"
+        )
     dicts = [config_to_dict(config) for config in configs]
     known: dict[str, str] = {}
     for text, saved in zip(axis.overrides, dicts, strict=True):
-        other = known.setdefault(identity(saved), text)
-        if other != text:
-            raise ConfigError(f"{other} and {text} are the same run; leave one of them out")
+        if (digits := identity(saved)) in known:
+            raise ConfigError(f"{known[digits]} and {text} are the same run; leave one of them out")
+        known[digits] = text
     keys = (*HELD_OUT_KEYS, *(SPLIT_KEYS if any(config.data.splits_off for config in configs) else ()))
     flat = [dict(flatten(saved)) for saved in dicts]
     for text, values in zip(axis.overrides, flat, strict=True):
@@ -172,10 +175,6 @@ def _check_configs(axis: Axis, settings: CompareConfig, configs: Sequence[Config
 
 def _below(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name == key or name.startswith(f"{key}.")}
-
-
-def _direction(settings: CompareConfig, metric: str) -> str | None:
-    return better_direction(metric) if settings.direction is Direction.auto else settings.direction.value
 
 
 class Rounds:

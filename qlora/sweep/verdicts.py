@@ -21,6 +21,17 @@ from qlora.text import is_share
 ERROR = 0.05
 """The most that the probability of any wrong verdict in a sweep may be."""
 
+
+def alpha_of(candidates: int) -> float:
+    """Returns the error of each candidate: Bonferroni's, valid although all share the baseline's jobs."""
+    return ERROR / candidates
+
+
+def fewest_seeds(candidates: int) -> int:
+    """Returns how many seeds the first verdict on any of the candidates needs."""
+    return fewest_values(alpha_of(candidates))
+
+
 Verdict = StrEnum("Verdict", "better worse same open")
 """`same`: the difference is smaller than the margin; `open`: the seeds so far do not tell."""
 
@@ -54,13 +65,13 @@ class Question:
 
     @property
     def alpha(self) -> float:
-        """The error of a single candidate: Bonferroni's, valid although all share the baseline's jobs."""
-        return ERROR / len(self.candidates)
+        """The error of a single candidate."""
+        return alpha_of(len(self.candidates))
 
     @property
     def fewest_seeds(self) -> int:
         """How many seeds the first verdict needs."""
-        return fewest_values(self.alpha)
+        return fewest_seeds(len(self.candidates))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the question in JSON's types."""

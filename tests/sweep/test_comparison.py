@@ -289,6 +289,8 @@ def test_a_damaged_question_is_named_and_costs_the_verdicts_alone(capsys: pytest
         ),
         (["lora.r=2,8"], {"maxseeds": 3}, "unknown key 'sweep.compare.maxseeds'"),
         (["lora.r=2,8"], {"metric": "train_watchdog_slow"}, "its name does not say which values are better"),
+        (["lora.r=2,8,8"], {}, "lora.r=8 and lora.r=8 are the same run"),
+        (["lora.r=2,8", "task.train=false", "adapter=none"], {}, "(task=train) train nothing"),
         (["lora.dropout=0,0.0,0.1"], {"by": "lora.dropout", "baseline": 0}, "are the same run"),
         (["data.max_eval_samples=8,9"], {"by": "data.max_eval_samples"}, "other rows (data.max_eval_samples differs)"),
         (["lora.r=2,8", "sweep.detach=true"], {}, "sweep.compare needs the result of each seed to add the next one"),
@@ -351,7 +353,7 @@ def test_groups_texts_and_lists_can_be_compared() -> None:
     for swept, baseline in zip(config, ("[q_proj]", "0.002", "true"), strict=True):
         key = swept.partition("=")[0]
         asked = CompareConfig(by=key, baseline=OmegaConf.select(compose_dict([f"{key}={baseline}"]), key), margin=0.1)
-        assert plan_comparison(asked, [swept], compose_dict([]), None).settings is asked
+        assert plan_comparison(asked, [swept], compose_dict([]), None).baseline.lower() == baseline
 
 
 JOB = """
