@@ -40,6 +40,11 @@ def train(*overrides: str, config_dir: Path | str | None = None) -> FinishedRun:
             "qlora.train starts one run, and a sweep is many; start it on the command line: qlora sweep=NAME"
         )
     config, folder = to_config(composed), Path(str(composed.hydra.run.dir))
+    if (by := config.sweep.compare.by) is not None and composed.hydra.mode is None:
+        raise ConfigError(
+            f"sweep.compare.by={by} compares runs of a sweep, and qlora.train starts one run; start it on the command "
+            f"line: qlora -m {by}=A,B"
+        )
     if not config.task.name.trains:
         name = config.task.name.value.replace("_", "-")
         raise ConfigError(

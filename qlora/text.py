@@ -37,6 +37,11 @@ def is_share(name: str) -> bool:
     return bool(SHARE.search(name.replace("_", " ")))
 
 
+LOWER = re.compile(
+    r"(^|_)(loss|perplexity|runtime|memory_gb|seconds|data_wait|memory_retries|wer|cer|mae|mse|rmse|brier|error)$"
+)
+
+
 def higher_is_better(name: str) -> bool:
     """Returns whether a larger value of a metric is the better one: shares, scores and speed, not losses or times."""
     if name.endswith("data_wait"):
@@ -44,6 +49,11 @@ def higher_is_better(name: str) -> bool:
     return is_share(name) or bool(
         re.search(r"accuracy|match|_acc|margin|f1|rouge|bleu|meteor|pearson|spearman|ndcg|mrr|per_second", name)
     )
+
+
+def better_direction(name: str) -> str | None:
+    """Returns `maximize` or `minimize` where a metric's name says which values are better; None: it does not."""
+    return "maximize" if higher_is_better(name) else "minimize" if LOWER.search(name) else None
 
 
 def is_detail(name: str) -> bool:

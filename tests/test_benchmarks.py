@@ -73,6 +73,27 @@ def test_the_sweep_benchmark_compares_a_loop_with_a_sweep_of_the_same_jobs(tmp_p
     assert 0 < result["loop_cpu"] < result["sweep_cpu"]
 
 
+def test_simulated_sweeps_without_a_difference_rarely_end_in_a_wrong_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import sweep_verdicts as simulation
+
+    assert simulation.exact_interval(12, 1000) == pytest.approx((0.0062155, 0.0208677), abs=1e-6)
+    assert simulation.t_quantile(9, 0.025) == pytest.approx(2.6850108)
+    for candidates in (1, 3):
+        result = simulation.measure_errors(candidates, "normal", 200)
+        assert result["low"] < 0.05
+        assert result["sequential"] < 0.05 < result["peeking"]
+    power = simulation.measure_power(3, 50)
+    assert (power["better"], power["worse"]) == (0, 1)
+    assert power["seeds"] < 8
+    numbers = tmp_path / "numbers.json"
+    monkeypatch.setattr("sys.argv", ["sweep_verdicts", "--sweeps", "4", "--powers", "2", "--json", str(numbers)])
+    simulation.main()
+    assert {row["sweeps"] for row in json.loads(numbers.read_text())["errors"]} == {4}
+
+
 @pytest.mark.full
 def test_the_memory_benchmark_trains_and_sets_the_plan_beside_it(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"

@@ -3,6 +3,7 @@
 import pytest
 
 from qlora.text import (
+    better_direction,
     format_bytes,
     format_count,
     format_metric,
@@ -71,3 +72,11 @@ def test_cells_that_differ_stay_different(texts: list[str]) -> None:
     cells = shorten_cells(texts, 7)
     assert len(set(cells)) == len(texts)
     assert all(len(cell) <= 7 for cell in cells)
+
+
+def test_the_direction_of_a_metric_is_known_by_its_name_or_not_at_all() -> None:
+    higher = ("eval_exact_match", "eval_mmlu_test_accuracy", "eval_rouge1", "train_tokens_per_second", "eval_win_rate")
+    lower = ("eval_loss", "base_eval_perplexity", "train_runtime", "peak_memory_gb", "train_data_wait", "eval_wer")
+    assert {better_direction(name) for name in higher} == {"maximize"}
+    assert {better_direction(name) for name in lower} == {"minimize"}
+    assert {better_direction(name) for name in ("eval_answer_length", "train_watchdog_slow", "eval_lossy")} == {None}

@@ -85,6 +85,7 @@ def test_a_run_without_a_name_gets_a_folder_of_its_own_and_changes_no_environmen
         (["lora.rank=2"], "lora.rank"),
         (["task=evaluate", "adapter=none"], "task=evaluate: qlora.train trains; leave it out"),
         (["sweep=lora-rank"], "qlora.train starts one run, and a sweep is many"),
+        (["sweep.compare={by: lora.r, baseline: 8, margin: 1}"], "compares runs of a sweep, and qlora.train"),
         (["data=local", "data.path=missing.jsonl", "trainer.lr_scheduler_type=warmup_stable_decay"], "missing.jsonl"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

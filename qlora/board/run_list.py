@@ -15,6 +15,8 @@ from qlora.reporting.rendering import plain_value
 from qlora.runtime.saved_run import RESULTS, STATUS_FILE, Status, json_number, read_manifest, read_status
 from qlora.sweep.jobs import Job, read_job
 from qlora.sweep.measured_runs import adapter_name
+from qlora.sweep.sweep_folder import OVERVIEW_FILE, read_overview
+from qlora.sweep.verdict_table import recorded_verdicts
 
 FRESH_SECONDS = 1.0
 """The list is made again at most this often, however many pages ask for it."""
@@ -31,6 +33,7 @@ class RunList:
         self.folder = folder
         self._lock = threading.Lock()
         self._rows: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self._said: dict[Path, tuple[Any, list[str]]] = {}
         self._made, self._list = 0.0, dict[str, Any]()
 
     def read(self) -> dict[str, Any]:
@@ -62,9 +65,20 @@ class RunList:
             "runs": sorted(rows, key=lambda row: -(row["started"] or 0)),
             "sweeps": [
                 {"path": name, "runs": counts[name], "page": (folder / "report.html").is_file()}
+                | ({"verdicts": texts} if (texts := self._verdicts(folder)) else {})
                 for folder, name in of_sweep.items()
             ],
         }
+
+    def _verdicts(self, folder: Path) -> list[str]:
+        """Returns what a sweep says about the question that it answers; its overview is read when it has changed."""
+        try:
+            stamp = _file_stamp(folder / OVERVIEW_FILE)
+            if self._said.get(folder, (None, []))[0] != stamp:
+                self._said[folder] = stamp, recorded_verdicts(read_overview(folder / OVERVIEW_FILE))
+            return self._said[folder][1]
+        except (DamagedFile, OSError):
+            return []
 
     def _name(self, folder: Path) -> str:
         return folder.relative_to(self.folder.root).as_posix()
@@ -74,11 +88,15 @@ def _stamp(folder: Path) -> list[tuple[int, int] | None]:
     stamp = list[tuple[int, int] | None]()
     for name in STAMPED:
         try:
-            stat = (folder / name).stat()
-            stamp.append((stat.st_mtime_ns, stat.st_size))
+            stamp.append(_file_stamp(folder / name))
         except OSError:
             stamp.append(None)
     return stamp
+
+
+def _file_stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
 
 
 def _row(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from qlora.config.conversion import to_config, without_hydra
 from qlora.config.override_spelling import keep_spelling
 from qlora.config.overrides import refuse_unreadable
 from qlora.config.schema import Config
+from qlora.config.schema.values import written
 from qlora.config.secret_values import refuse_resolved_secrets, refuse_secrets
 from qlora.config.suggestions import unknown_key
 from qlora.config.sweep_values import (
@@ -26,7 +27,8 @@ from qlora.config.sweep_values import (
 )
 from qlora.errors import ConfigError
 
-GRID_SWEEPER = "hydra_plugins.qlora_sweep.GridSweeper"
+OWN_SWEEPERS = "hydra_plugins.qlora_sweep."
+GRID_SWEEPER = f"{OWN_SWEEPERS}GridSweeper"
 """The class that walks through the combinations of a grid."""
 
 
@@ -87,9 +89,26 @@ def compose_command(
     if not sweeps:
         refuse_sweeps(overrides)
     config = to_config(node)
+    _refuse_comparison(config, base, sweeps=sweeps)
     if sweeps and not (is_grid and leave_grid):
         grid.check()
     return ComposedCommand(base, node, config)
+
+
+def _refuse_comparison(config: Config, base: DictConfig, *, sweeps: bool) -> None:
+    """Refuses a question where no sweep of ours can answer it; a job of one is started with `hydra.mode=RUN`."""
+    by, sweeper = config.sweep.compare.by, str(base.hydra.sweeper._target_)
+    if by is None or base.hydra.mode is RunMode.RUN:
+        return
+    if not sweeps:
+        raise ConfigError(f"sweep.compare.by={by} compares runs of a sweep, and this is a run; add -m {by}=A,B")
+    described, name = config.task.name.describes_sweep, written(config.task.name).replace("_", "-")
+    if described or not sweeper.startswith(OWN_SWEEPERS):
+        chooser = f"task={name}" if described else sweeper
+        raise ConfigError(
+            f"sweep.compare.by={by}: {chooser} leaves the choice of runs to another program, which adds no seeds; "
+            "leave it out"
+        )
 
 
 def show_config(composed: DictConfig, package: str | None, *, resolve: bool) -> str:

@@ -270,6 +270,8 @@ def _default(key: str) -> str:
         return " (an option chooses it)"
     if isinstance(value, enum.Enum):
         value = value.name
+    if dataclasses.is_dataclass(value):
+        value = {}  # the rows of its fields say theirs
     return f" = {OmegaConf.to_yaml(OmegaConf.create({'x': value})).partition(': ')[2].strip()}"
 
 

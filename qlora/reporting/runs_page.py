@@ -70,6 +70,7 @@ def runs_page(report: RunsReport) -> str:
         left_out=report.left_out,
         pair=report.pair,
         measured=report.measured,
+        verdicts=report.verdicts,
         most_answers=MAX_ANSWERS,
         fronts=data["fronts"],
         many=""
@@ -121,6 +122,7 @@ def _sections(report: RunsReport, data: Mapping[str, Any]) -> list[tuple[str, st
     """Returns the anchors and titles of the sections that have content."""
     sections = {
         "leaderboard": "Leaderboard",
+        "verdicts": "Verdicts" if report.verdicts is not None else "",
         "front": "Best compromises" if data["fronts"] else "",
         "measured": "Evaluations" if report.measured is not None else "",
         "pair": "Side by side" if report.pair is not None else "",

@@ -80,6 +80,20 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
+class Verdicts:
+    """What a sweep says about the question that it answers."""
+
+    title: str
+    """The question."""
+    note: str
+    """What the words mean."""
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    reasons: Sequence[str]
+    """Why candidates stay open."""
+
+
+@dataclass(frozen=True)
 class RunsReport:
     """The content of the page."""
 
@@ -100,6 +114,8 @@ class RunsReport:
     """The command that starts the best run again."""
     goals: Mapping[str, str] = field(default_factory=dict)
     """The metrics of a search, with `minimize` or `maximize`."""
+    verdicts: Verdicts | None = None
+    """The verdicts on what the sweep compares."""
     left_out: Sequence[str] = ()
     """Varied keys that have no column, and are shown on demand."""
     is_sweep: bool = True

@@ -13,6 +13,8 @@ from qlora.errors import ConfigError, UserError
 from qlora.sweep.engine_config import SearchSettings
 from qlora.text import higher_is_better
 
+OBJECTIVES = "hydra.sweeper.objectives"
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -39,7 +41,7 @@ def find_goals(settings: SearchSettings, configs: Sequence[Config]) -> list[Goal
         )
     for config in configs:
         for name in names:
-            _check_measured(config, name)
+            check_measured(config, name, OBJECTIVES)
     directions = given or ["maximize" if higher_is_better(name) else "minimize" for name in names]
     goals = [Goal(name, direction) for name, direction in zip(names, directions, strict=True)]
     if len(goals) > 1 and settings.sampler == "cmaes":
@@ -47,13 +49,16 @@ def find_goals(settings: SearchSettings, configs: Sequence[Config]) -> list[Goal
     return goals
 
 
-def _check_measured(config: Config, name: str) -> None:
+def check_measured(config: Config, name: str, key: str) -> None:
+    """Raises `ConfigError` if a job does not measure the metric `name`, which `key` asks for."""
     try:
         dataclasses.replace(config, objective=name)
     except UserError as error:
-        raise ConfigError(str(error).replace("objective=", "hydra.sweeper.objectives: ", 1)) from error
+        raise ConfigError(str(error).replace("objective=", f"{key}: ", 1)) from error
     if missing := _missing_override(config, name):
-        raise ConfigError(f"objective={name} is not measured by these jobs; it needs {missing}")
+        raise ConfigError(
+            f"{'objective' if key == OBJECTIVES else key}={name} is not measured by these jobs; it needs {missing}"
+        )
 
 
 def _missing_override(config: Config, name: str) -> str | None:

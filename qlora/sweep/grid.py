@@ -12,12 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from qlora.config.combinations import Combinations
 from qlora.config.schema import Config
 from qlora.runtime.console import say
+from qlora.sweep.comparison import Rounds, plan_comparison
 from qlora.sweep.engines import check_not_detached
 from qlora.sweep.job_processes import RunTasks
 from qlora.sweep.jobs import Status
 from qlora.sweep.launcher import (
     AHEAD,
     Combination,
+    JobSource,
     Queue,
     config_dir,
     jobs_failed,
@@ -45,8 +47,11 @@ def run_grid(
     """
     prepare(config)
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    grid, folder = Combinations([*params, *arguments], config_dir(), base=config), Path(str(config.hydra.sweep.dir))
-    if len(grid) > AHEAD:
+    overrides, folder = [*params, *arguments], Path(str(config.hydra.sweep.dir))
+    question: Any = OmegaConf.to_object(config.sweep.compare)
+    compared = None if question.by is None else plan_comparison(question, overrides, config, config_dir())
+    grid = Combinations(overrides, config_dir(), base=config) if compared is None else compared.grid
+    if compared is None and len(grid) > AHEAD:
         say(f"sweep {folder}: {_describe(grid)}; each value is checked, then the first job starts")
     shared, first = grid.check(), grid.config([0] * len(grid.axes))
     if build is None:
@@ -54,7 +59,9 @@ def run_grid(
     run = build(first) if build is not None else None
     with open_sweep(folder, shared, first.objective) as sweep:
         OmegaConf.save(config, folder / "multirun.yaml")  # as Hydra's own sweeper does
-        queue = Queue(sweep, _combinations(grid, sweep), len(grid))
+        queue: JobSource = (
+            Queue(sweep, _combinations(grid, sweep), len(grid)) if compared is None else Rounds(sweep, compared)
+        )
         if run is not None:
             run_queue(config, queue, run)
         else:
@@ -86,7 +93,7 @@ def _combinations(grid: Combinations, sweep: Sweep) -> Iterator[Combination]:
         yield overrides, distinct, compose(positions)
 
 
-def _run_by(launch: Callable[..., Any], queue: Queue, batch_size: int | None) -> None:
+def _run_by(launch: Callable[..., Any], queue: JobSource, batch_size: int | None) -> None:
     """Runs the jobs by the launcher of another project, which waits for a whole batch."""
     sweep, started = queue.sweep, 0
     say(describe_waiting(sweep, len(queue), is_known=queue.is_known))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
@@ -113,6 +113,26 @@ AHEAD = 200
 """How many of the next jobs are composed and shown as queued; the others follow when their turn comes."""
 
 
+class JobSource(Protocol):
+    """What gives an engine the jobs of a sweep."""
+
+    sweep: Sweep
+
+    def __len__(self) -> int:
+        """How many jobs are to run, as far as it is known."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is known which jobs are finished."""
+
+    def next(self) -> tuple[Job, list[str]] | None:
+        """Returns the next job with its overrides; None: there is none now."""
+
+    @property
+    def failed(self) -> list[Job]:
+        """The jobs that failed or were interrupted."""
+
+
 class Queue:
     """The jobs of a sweep that are to run, in order."""
 
@@ -181,7 +201,7 @@ def refuse(sweep: Sweep, overrides: list[str], error: Exception) -> Job:
     return job
 
 
-def run_queue(config: DictConfig, queue: Queue, run: RunTasks) -> None:
+def run_queue(config: DictConfig, queue: JobSource, run: RunTasks) -> None:
     """Runs the jobs of a queue by one of our engines."""
     started = 0
     with Screen(queue.sweep, len(queue), is_known=queue.is_known) as screen:

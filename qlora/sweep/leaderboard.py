@@ -14,12 +14,14 @@ from rich.text import Text
 
 from qlora.reporting.escape import csv_cell, markdown_block, markdown_code, markdown_table, markdown_text
 from qlora.reporting.rendering import short_value
+from qlora.reporting.runs_page_parts import Verdicts
 from qlora.runtime.atomic_files import write_text
 from qlora.runtime.console import printable, say, say_rows
 from qlora.runtime.saved_run import cost
 from qlora.sweep.job_processes import tail
 from qlora.sweep.jobs import Job, Status
 from qlora.sweep.sweep_folder import Sweep
+from qlora.sweep.verdict_table import build_verdict_table
 from qlora.text import format_duration, format_metric, format_number, plural, shorten_cells, terminal_width
 
 SEED = "seed"
@@ -86,6 +88,8 @@ class Leaderboard:
     unfinished: list[Job]
     goals: Mapping[str, str]
     """The metrics of a search, with `minimize` or `maximize`."""
+    verdicts: Verdicts | None = None
+    """What the sweep says about the question that it answers."""
     names: Mapping[str, str] = field(default_factory=dict)
     """What runs that form no sweep are called, by their folders; {}: jobs are known by what varies."""
 
@@ -124,6 +128,7 @@ def build_leaderboard(sweep: Sweep) -> Leaderboard:
         sorted(rows, key=lambda row: _cost(row, sweep.objective, maximizes=sweep.maximizes)),
         [job for job in sweep.jobs.values() if job.status is not Status.finished],
         sweep.goals,
+        None if sweep.question is None else build_verdict_table(sweep.question, sweep.jobs),
         sweep.names,
     )
 
@@ -292,10 +297,26 @@ def print_leaderboard(board: Leaderboard) -> None:
             say_rows([("more", f"{more}; see the page and leaderboard.csv")])
         if left_out:
             say_rows([("left out", f"{', '.join(left_out)}: the terminal is too narrow; see leaderboard.md")])
+    if board.verdicts is not None:
+        _print_verdicts(board.verdicts)
     for job in board.unfinished:
         name = board.names.get(str(job.folder))
         say(Text(printable(f"  {describe(job, name)}"), style="red" if job.status is Status.failed else "yellow"))
     say()
+
+
+def _print_verdicts(table: Verdicts) -> None:
+    say()
+    say(Text(printable(table.title), style="bold"))
+    columns = {name: list(texts) for name, *texts in zip(table.head, *table.lines, strict=True)}
+    (head, *lines), _ = fit_columns(
+        columns, {}, terminal_width(), numeric=table.head[2:], spare=["GPU hours", "time", "difference"]
+    )
+    say(Text(head, style="dim"))
+    for line in lines:
+        say(line)
+    for reason in table.reasons:
+        say(Text(printable(f"  {reason}"), style="yellow"))
 
 
 def to_markdown(board: Leaderboard, name: str) -> str:
@@ -312,6 +333,10 @@ def to_markdown(board: Leaderboard, name: str) -> str:
         if board.left_out:
             keys = ", ".join(map(markdown_code, board.left_out))
             parts.append(f"These keys differ too, and `leaderboard.csv` has them: {keys}.")
+    if (verdicts := board.verdicts) is not None:
+        parts += [f"## {markdown_text(verdicts.title)}", markdown_table(verdicts.head, verdicts.lines)]
+        parts += [f"- {markdown_text(reason)}" for reason in verdicts.reasons]
+        parts.append(markdown_text(verdicts.note))
     for job in board.unfinished:
         called = board.names.get(str(job.folder))
         parts.append(f"- {markdown_text(describe(job, called))} ({markdown_code(job.name)})")

@@ -169,8 +169,10 @@ def collect(folders: Sequence[Path], target: Path, objective: str | None) -> Swe
     sweep = Sweep(target, chosen, common=common_keys([config for config in configs if config] or [{}]))
     if origin is None:
         _name_differences(jobs, configs)
-    elif (saved := read_sweep(origin)).objective == chosen:
-        sweep.goals = saved.goals
+    else:
+        saved = read_sweep(origin)
+        sweep.question = saved.question
+        sweep.goals = saved.goals if saved.objective == chosen else {}
     sweep.jobs = dict(zip(names_of(folders), jobs, strict=True))
     if origin is None:
         sweep.names = {str(job.folder): name for name, job in sweep.jobs.items()}

@@ -63,6 +63,11 @@ def search(
     configs = [compose([*space.fixed, *example]) for example in examples]
     goals = find_goals(settings, configs)
     check_pruning(settings, configs, goals)
+    if (by := configs[0].sweep.compare.by) is not None:
+        raise ConfigError(
+            f"sweep.compare.by={by}: hydra/sweeper=optuna searches for the best values, and sweep.compare compares "
+            "given ones by the same seeds; leave one of them out"
+        )
     if configs[0].sweep.detach:
         raise ConfigError("sweep.detach=true: a search needs the result of each job to plan the next one; leave it out")
     run = build(configs[0]) if build is not None else None

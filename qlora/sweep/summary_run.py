@@ -16,6 +16,7 @@ from qlora.runtime.sweep_job import SweepJob
 from qlora.sweep.jobs import Status
 from qlora.sweep.leaderboard import Leaderboard, build_leaderboard
 from qlora.sweep.sweep_folder import Sweep, read_sweep
+from qlora.sweep.verdicts import judge
 from qlora.training.trackers import tracker_class
 from qlora.training.trackers.base import SweepSummary, TrackedRun
 
@@ -116,6 +117,9 @@ def _number(text: str) -> int | float | None:
 def count_jobs(sweep: Sweep, board: Leaderboard) -> dict[str, Any]:
     """Returns how many jobs of the sweep have each status, and the best of them."""
     numbers: dict[str, Any] = {f"jobs/{status.value}": len(sweep.with_status(status)) for status in Status}
+    if sweep.question is not None:
+        verdicts = judge(sweep.question, sweep.jobs)
+        numbers |= {f"verdict/{sweep.question.by}={item.value}": item.verdict.value for item in verdicts}
     if board.rows and board.objective in board.rows[0].metrics:
         numbers[f"best/{board.objective}"] = board.rows[0].metrics[board.objective][0]
         numbers["best/overrides"] = " ".join(board.rows[0].best.overrides)

@@ -18,6 +18,7 @@ from qlora.runtime.atomic_files import read_record, write_text
 from qlora.runtime.run_folder import RunFolder, describe_changes, flatten, is_below
 from qlora.runtime.saved_run import RESULTS, STATUS_FILE, to_number, to_numbers
 from qlora.sweep.jobs import UNNAMED_KEYS, Job, Status, identity, is_stamped, read_job, slug
+from qlora.sweep.verdicts import Question, judge, read_question
 from qlora.text import higher_is_better
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Sweep:
     """The config's keys that have one value in all jobs, without those that do not change a result."""
     goals: dict[str, str] = field(default_factory=dict)
     """The metrics that a search optimizes, with `minimize` or `maximize`; empty: the objective, as its name implies."""
+    question: Question | None = None
+    """What the sweep compares (`sweep.compare`)."""
     study: str | None = None
     """The name of the study of a search in its database."""
     is_shared: bool = False
@@ -82,6 +85,9 @@ class Sweep:
             "goals": self.goals,
             "counts": counts,
         }
+        if self.question is not None:
+            verdicts = [item.to_dict() for item in judge(self.question, self.jobs)]
+            record |= {"compare": self.question.to_dict(), "verdicts": verdicts}
         record |= {"study": self.study} if self.study is not None else {}
         record |= {"page_seconds": self.page_seconds} if self.page_seconds else {}
         record |= {"to_come": self.to_come} if self.to_come else {}
@@ -124,6 +130,7 @@ def read_sweep(folder: Path, objective: str | None = None) -> Sweep:
         overview.get("to_come", 0),
         overview.get("study"),
     )
+    sweep.question = read_question(overview.get("compare"))
     sweep.page_seconds = overview.get("page_seconds", 0.0)
     records = {record["job"]: record for record in overview.get("jobs", [])}
     for name, record in records.items():
@@ -175,6 +182,10 @@ def read_overview(path: Path) -> dict[str, Any]:
         raise DamagedFile(path, "objective is not a text")
     if not all(way in ("minimize", "maximize") for way in record.get("goals", {}).values()):
         raise DamagedFile(path, "goals must say minimize or maximize")
+    try:
+        read_question(record.get("compare"))
+    except ValueError as error:
+        raise DamagedFile(path, f"compare: {error}") from error
     for job in record.get("jobs", []):
         name, overrides = (job.get("job"), job.get("overrides")) if isinstance(job, dict) else (None, None)
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):

@@ -132,6 +132,7 @@ def build_report(
         common=sweep.common,
         command=_command(best) if best else None,
         goals=board.goals,
+        verdicts=board.verdicts,
         left_out=board.left_out,
         is_sweep=is_sweep,
         pair=pair,
@@ -163,7 +164,9 @@ def _command(folder: Path) -> str | None:
     """Returns the command that starts a run again, if its folder holds it."""
     try:
         if (overrides := saved_config.read_overrides(folder / ".hydra" / "overrides.yaml")) is not None:
-            single = ["hydra.mode=RUN"] if any(override.startswith("sweep=") for override in overrides) else []
+            single = (
+                ["hydra.mode=RUN"] if any(override.startswith(("sweep=", "sweep.")) for override in overrides) else []
+            )
             return shlex.join(["qlora", *overrides, *single])
         command = (RunFolder(folder).stored_manifest() or {}).get("command")
     except DamagedFile as error:

@@ -193,7 +193,7 @@
   const drawSweeps = () => {
     byId("sweeps").hidden = !list.sweeps.length;
     document.querySelector("nav a[href='#sweeps']").hidden = !list.sweeps.length;
-    byId("sweeps-body").replaceChildren(...list.sweeps.map(({ path, runs, page }) => {
+    byId("sweeps-body").replaceChildren(...list.sweeps.map(({ path, runs, page, verdicts = [] }) => {
       const name = page ? el("a", { href: `/files/${address(path)}/report.html`, textContent: path }) : el("span", { textContent: path });
       const only = el("button", { textContent: "its runs" });
       only.addEventListener("click", () => {
@@ -202,7 +202,7 @@
         drawAll();
         byId("table").scrollIntoView();
       });
-      return el("p", {}, name, el("span", { className: "soft", textContent: ` ${runs} run${runs === 1 ? "" : "s"} ` }), only);
+      return el("p", {}, name, el("span", { className: "soft", textContent: ` ${runs} run${runs === 1 ? "" : "s"} ` }), only, ...verdicts.flatMap((text) => [el("br"), el("span", { textContent: text })]));
     }));
   };
 

@@ -34,7 +34,7 @@ from qlora.config.schema.quantization import (
 )
 from qlora.config.schema.root import Config, Device, Resume, SameBase, is_folder_name, named_functions, no_cuda
 from qlora.config.schema.serve import ServeConfig
-from qlora.config.schema.sweep import SweepConfig
+from qlora.config.schema.sweep import CompareConfig, Direction, SweepConfig
 from qlora.config.schema.task import TASK_KEYS, SweepMethod, TaskConfig, TaskName
 from qlora.config.schema.tracking import TrackingConfig, WandbMode
 from qlora.config.schema.trainer import FlashAttention, Keep, Parallel, TrainerConfig
@@ -56,10 +56,12 @@ __all__ = [
     "WATCHDOG_COUNTS",
     "ArchitectureConfig",
     "BaseProducts",
+    "CompareConfig",
     "ComputeDtype",
     "Config",
     "DataConfig",
     "Device",
+    "Direction",
     "EvaluationConfig",
     "EvaluationName",
     "ExpertsBits",
