@@ -75,8 +75,9 @@ def check_rope_scaling(scaling: Any) -> None:
     if (kind := scaling.get(TYPE)) is None:
         raise ConfigError(f"{KEY}.{TYPE} is missing; choose one of {', '.join(ROPE_TYPES)}, e.g. {KEY}={example}")
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        name = kind if isinstance(kind, str) else brief(kind)
         raise ConfigError(
-            f"{KEY}.{TYPE}={brief(kind) if not isinstance(kind, str) else kind} is unknown{did_you_mean(str(kind), ROPE_TYPES)}; choose one of "
+            f"{KEY}.{TYPE}={name} is unknown{did_you_mean(str(kind), ROPE_TYPES)}; choose one of "
             f"{', '.join(ROPE_TYPES)}, or leave {KEY} out: then the model's own is kept"
         )
     known = ROPE_TYPES[kind]
