@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora.errors import ConfigError, did_you_mean
-from qlora.text import brief
+from qlora.text import brief, plural
 
 KEY = "model.rope_scaling"
 TYPE = "rope_type"
@@ -149,8 +149,8 @@ def check_rotated(scaling: Mapping[str, Any], model_type: str, head_dim: int, pa
     for name in ("short_factor", "long_factor"):
         if name in scaling and len(scaling[name]) != pairs:
             raise ConfigError(
-                f"{KEY}.{name} has {len(scaling[name])} numbers, and this {model_type} rotates {pairs} pairs of each "
-                f"head's numbers; give one for each pair"
+                f"{KEY}.{name} has {plural(len(scaling[name]), 'number')}, and this {model_type} rotates {pairs} pairs "
+                "of each head's numbers; give one for each pair"
             )
 
 
