@@ -254,9 +254,10 @@ class RowSet:
         """Returns the same of the first `count` rows of a stream, whose first ones are held out."""
         size, order = self.source.skip, np.arange(count)
         if size >= count:
+            fewer = max(count // 10, 1) if count > 1 else 0
             raise ConfigError(
                 f"{self.part.label}: its first {size:,} rows are held out, and it has {count:,}, which leaves none to "
-                f"train on; set data.eval_dataset_size={max(count // 10, 1) if count > 1 else 0}, or hold rows of your own out with "
+                f"train on; set data.eval_dataset_size={fewer}, or hold rows of your own out with "
                 "data.eval_path=FILE"
             )
         return order[size:], order[:size][: self.config.max_eval_samples] if self.config.splits_off else None

@@ -77,7 +77,7 @@ def test_types_without_rotary_positions_are_known_as_such() -> None:
         ("{rope_type: yarn, factor: 4, beta_fast: inf}", "model.rope_scaling.beta_fast must be a positive number, got"),
         ("{rope_type: longrope, short_factor: [inf], long_factor: [1], original_max_position_embeddings: 8}",
          "model.rope_scaling.short_factor must be a list of positive numbers"),
-        ("{rope_type: linear, factor: 4, partial_rotary_factor: 3}", "partial_rotary_factor must be above 0 and at mos"),
+        ("{rope_type: linear, factor: 4, partial_rotary_factor: 3}", "partial_rotary_factor must be above 0 and at"),
         ("{rope_type: [yarn], factor: 4}", "model.rope_scaling.rope_type=['yarn'] is unknown"),
         ("{rope_type: {a: 1}, factor: 4}", "model.rope_scaling.rope_type={'a': 1} is unknown; choose one of linear"),
         ("4", "model.rope_scaling must be a mapping such as {rope_type: yarn, factor: 4}, got 4"),

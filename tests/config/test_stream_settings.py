@@ -37,8 +37,7 @@ REFUSED = {
              "data.mix.a.probability must be above 0 and at most 1, got 0"),
     "negative": ([*MIXED, "data.mix.a.probability=-1", "data.mix.b.probability=2"], "must be above 0 and at most 1"),
     "not a number": ([*MIXED, "data.mix.a.probability=nan", "data.mix.b.probability=1"], "must be above 0 and at most"),
-    "a share in percent": ([*MIXED, "data.mix.a.probability=70%"], "data.mix.a.probability must be a number or null, got "
-                                                                   "'70%'"),
+    "a share in percent": ([*MIXED, "data.mix.a.probability=70%"], "a.probability must be a number or null, got '70%'"),
     "a weight in words": ([*MIX, "data.mix.a.weight=twice"], "data.mix.a.weight must be a number, got 'twice'"),
     "no path": ([*MIX, "data.mix.a.path=null"], "data.mix.a.path must be a text, got 'null'"),
     "size": ([*MIXED, "data.mix.a.probability=0.5", "data.mix.b.probability=0.5", "data.mix.b.max_samples=9"],

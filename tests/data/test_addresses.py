@@ -44,6 +44,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(TEXT)))
             self.end_headers()
             self.wfile.write(TEXT[:700].encode())
+        elif self.path.startswith("/fault/"):
+            self.send_error(500)
+        elif self.path.startswith("/moved/"):
+            target = f"ftp://host/rows.jsonl?ticket={SECRET}" if "away" in self.path else f"{self.path}?t={SECRET}"
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
         else:
             super().do_GET()
 
@@ -180,6 +187,15 @@ ANSWERS = {
     "no form": ("{web}/rows", "data.path={web}/rows: its file name must end in a form that is read"),
     "cut off": ("{web}/cut/rows.jsonl", "data.path={web}/cut/rows.jsonl: cannot be read ("),
     "a broken line": ("{web}/broken.jsonl", "data.path={web}/broken.jsonl, line 51: broken JSON"),
+    "a server at fault": (
+        "{web}/fault/rows.jsonl",
+        "data.path={web}/fault/rows.jsonl: cannot be read (HTTP status 500)",
+    ),
+    "moved elsewhere": (
+        "{web}/moved/away.jsonl",
+        "data.path={web}/moved/away.jsonl: cannot be read (NonHttpUrlRedirect",
+    ),
+    "moved in circles": ("{web}/moved/r.jsonl", "data.path={web}/moved/r.jsonl: cannot be read (TooManyRedirects)"),
     "nobody listens": ("http://127.0.0.1:9/rows.jsonl", "data.path=http://127.0.0.1:9/rows.jsonl: cannot be read ("),
     "no variable": (
         "env://NOT_SET_HERE",
@@ -203,6 +219,7 @@ def test_what_cannot_be_read_is_answered_with_a_sentence(
         with pytest.raises(UserError) as error:
             read(path)
         assert str(error.value).startswith(sentence)
+        assert SECRET not in str(error.value)
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,12 @@ def test_more_or_fewer_sets_are_refused_where_a_run_goes_on(stream_of: Any, tmp_
         mixed.load(tmp_path, 0)
 
 
+def test_a_checkpoint_of_rows_read_whole_is_no_place_in_a_stream(stream_of: Any, tmp_path: Path) -> None:
+    items = stream(stream_of(path=str(write_rows(tmp_path / "rows.jsonl", 30))))
+    with pytest.raises(RunError, match=r"was written by a run that did not stream its rows, .* leave data.streaming"):
+        items.load(tmp_path, 0)
+
+
 def test_a_single_row_can_only_be_trained_on(stream_of: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it has 1, which leaves none to train on; set data.eval_dataset_size=0,"):
         stream_of(path=str(write_rows(tmp_path / "rows.jsonl", 1)), eval_dataset_size=None)

@@ -107,8 +107,8 @@ def test_a_model_without_rotary_positions_is_refused_when_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("scaling", "said"),
     [
-        ({"rope_type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2], "original_max_position_embeddings": 8},
-         f"short_factor has 2 numbers, and this llama rotates {HALF_HEAD} pairs of each head's numbers; give one for"),
+        ({"rope_type": "longrope", "short_factor": [1], "long_factor": [1], "original_max_position_embeddings": 8},
+         f"short_factor has 1 number, and this llama rotates {HALF_HEAD} pairs of each head's numbers; give one for"),
         ({"rope_type": "yarn", "factor": 2, "partial_rotary_factor": 0.5},
          "partial_rotary_factor=0.5: llama rotates whole heads; leave it out"),
     ],

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora.errors import ConfigError, did_you_mean
-from qlora.text import brief
+from qlora.text import brief, plural
 
 KEY = "model.rope_scaling"
 TYPE = "rope_type"
@@ -75,8 +75,9 @@ def check_rope_scaling(scaling: Any) -> None:
     if (kind := scaling.get(TYPE)) is None:
         raise ConfigError(f"{KEY}.{TYPE} is missing; choose one of {', '.join(ROPE_TYPES)}, e.g. {KEY}={example}")
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        name = kind if isinstance(kind, str) else brief(kind)
         raise ConfigError(
-            f"{KEY}.{TYPE}={brief(kind) if not isinstance(kind, str) else kind} is unknown{did_you_mean(str(kind), ROPE_TYPES)}; choose one of "
+            f"{KEY}.{TYPE}={name} is unknown{did_you_mean(str(kind), ROPE_TYPES)}; choose one of "
             f"{', '.join(ROPE_TYPES)}, or leave {KEY} out: then the model's own is kept"
         )
     known = ROPE_TYPES[kind]
@@ -148,8 +149,8 @@ def check_rotated(scaling: Mapping[str, Any], model_type: str, head_dim: int, pa
     for name in ("short_factor", "long_factor"):
         if name in scaling and len(scaling[name]) != pairs:
             raise ConfigError(
-                f"{KEY}.{name} has {len(scaling[name])} numbers, and this {model_type} rotates {pairs} pairs of each "
-                f"head's numbers; give one for each pair"
+                f"{KEY}.{name} has {plural(len(scaling[name]), 'number')}, and this {model_type} rotates {pairs} pairs "
+                "of each head's numbers; give one for each pair"
             )
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from qlora.config.schema import Stop
 from qlora.data.batching.packing import pack
 from qlora.data.batching.shared_prompts import join_sides
-from qlora.data.batching.stream_state import SourceState, StreamRow, StreamState, load_state, save_state
+from qlora.data.batching.stream_state import STATE, SourceState, StreamRow, StreamState, load_state, save_state
 from qlora.data.batching.token_store import Counts, Job, encode_rows, sum_up
 from qlora.data.ingest.row_stream import RowSource
 from qlora.data.overlap import HeldOut, Overlap, describe, keep_best
@@ -180,8 +180,13 @@ class ItemStream:
     def load(self, folder: Path, index: int) -> None:
         """Goes on as `save` has left off; the next item is number `index`.
 
-        Raises `RunError` where there are more or fewer sets, or files of other sizes, than before.
+        Raises `RunError` where no rows were streamed before, more or fewer sets, or files of other sizes.
         """
+        if not (folder / STATE).is_file():
+            raise RunError(
+                f"{folder} was written by a run that did not stream its rows, so that there is no place to resume at; "
+                "leave data.streaming out, or choose another folder (hydra.run.dir=FOLDER or name=NAME)"
+            )
         state, about = load_state(folder)
         if len(about["sets"]) != len(self.sets):
             raise RunError(

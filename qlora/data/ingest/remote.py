@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,14 @@ from qlora.config.addresses import (
     variable_of,
 )
 from qlora.errors import DataError, ResourceError, UserError
-from qlora.secrets import hide
+from qlora.secrets import HIDDEN, hide
 
 BUFFER = 2**20
 """Bytes that are read at a time."""
+NOT_THERE = (401, 403, 404, 410)
+"""How a web server answers where there is no file, or none for this login."""
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
+"""An address in what an error says: that to which a server has redirected may be signed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +143,19 @@ def _sentences(label: str, address: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        if (cause := error.__cause__) is not None and isinstance(cause, OSError):  # no server, says fsspec's web reader
+        if (cause := error.__cause__) is not None and _is_fault(cause):
             raise _unreadable(label, address, cause) from None
         raise DataError(f"{label}: there is no such file, or this login may not see it") from None
     except ImportError as error:
         raise ResourceError(f"{label}: cannot be read: {_reason(error, address)}") from None
     except Exception as error:
         raise _unreadable(label, address, error) from None
+
+
+def _is_fault(cause: BaseException) -> bool:
+    """Returns whether a web server was not there, or answered with a fault: fsspec calls either a missing file."""
+    is_answer = type(cause).__module__.startswith("aiohttp.")
+    return isinstance(cause, OSError) or (is_answer and getattr(cause, "status", None) not in NOT_THERE)
 
 
 def _unreadable(label: str, address: str, error: BaseException) -> ResourceError:
@@ -157,11 +168,12 @@ def _unreadable(label: str, address: str, error: BaseException) -> ResourceError
 def _reason(error: BaseException, address: str) -> str:
     """Returns what an error says, without the address that a variable holds: in it any part may be a secret."""
     status = getattr(error, "status", None)
-    text = f"HTTP status {status}" if isinstance(status, int) else " ".join(str(error).split())
+    text = f"HTTP status {status}" if isinstance(status, int) and status else " ".join(str(error).split())
     if scheme_of(address) == VARIABLE:
         secret = os.environ.get(variable_of(address), "")
         parts = urlsplit(secret)
         parts_of_it = [secret, parts.query, parts.netloc, parts.path, unquote(parts.query), *parts.query.split("&")]
         if any(piece and piece in text for piece in parts_of_it):
             return type(error).__name__
-    return hide(text)[:200].rstrip(".") or type(error).__name__
+    text = hide(ADDRESS.sub(HIDDEN, text))[:200].rstrip(".")
+    return type(error).__name__ if text in ("", HIDDEN) or status == 0 else text
