@@ -80,7 +80,7 @@ def test_types_without_rotary_positions_are_known_as_such() -> None:
         ("{rope_type: linear, factor: 4, partial_rotary_factor: 3}", "partial_rotary_factor must be above 0 and at"),
         ("{rope_type: [yarn], factor: 4}", "model.rope_scaling.rope_type=['yarn'] is unknown"),
         ("{rope_type: {a: 1}, factor: 4}", "model.rope_scaling.rope_type={'a': 1} is unknown; choose one of linear"),
-        ("4", "model.rope_scaling must be a mapping such as {rope_type: yarn, factor: 4}, got 4"),
+        ("4", "model.rope_scaling must be a mapping such as {rope_type: yarn, factor: 4} or null, got 4"),
     ],
 )  # fmt: skip
 def test_what_it_is_not_is_said_in_one_sentence(scaling: str, said: str) -> None:

@@ -280,9 +280,7 @@ def test_more_or_fewer_sets_are_refused_where_a_run_goes_on(stream_of: Any, tmp_
     paths = [str(write_rows(tmp_path / f"{name}.jsonl", 30, name)) for name in "ab"]
     stream(stream_of(path=paths[0])).save(tmp_path, 0)
     mixed = stream(stream_of(mix={"a": {"path": paths[0]}, "b": {"path": paths[1]}}))
-    with pytest.raises(
-        RunError, match=r"was written while data.path=.*a.jsonl was streamed, and the config names data.mix.a"
-    ):
+    with pytest.raises(RunError, match=r"was written while data.path=.* was streamed, and the config names data.mix.a"):
         mixed.load(tmp_path, 0)
 
 

@@ -71,7 +71,7 @@ def check_rope_scaling(scaling: Any) -> None:
     """Raises `ConfigError` unless `model.rope_scaling` is a kind of scaling with parameters that it has."""
     example = "{rope_type: yarn, factor: 4}"
     if not isinstance(scaling, Mapping):
-        raise ConfigError(f"{KEY} must be a mapping such as {example}, got {brief(scaling)}")
+        raise ConfigError(f"{KEY} must be a mapping such as {example} or null, got {brief(scaling)}")
     if (kind := scaling.get(TYPE)) is None:
         raise ConfigError(f"{KEY}.{TYPE} is missing; choose one of {', '.join(ROPE_TYPES)}, e.g. {KEY}={example}")
     if not isinstance(kind, str) or kind not in ROPE_TYPES:

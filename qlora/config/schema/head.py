@@ -48,6 +48,8 @@ class HeadConfig:
     """What `embed` makes a vector of: the hidden state of a text's `last` token, or the `mean` of all of them."""
 
     def __post_init__(self) -> None:
+        if self.labels is not None and not isinstance(self.labels, list):
+            raise ConfigError(f"head.labels must be a list such as [a,b] or null, got {brief(self.labels)}")
         for name, readers in READS.items():
             value = getattr(self, name)
             if value is not None and self.name not in readers and not (name == "dtype" and self.name is Head.causal):
@@ -57,10 +59,8 @@ class HeadConfig:
             self._check_labels()
 
     def _check_labels(self) -> None:
-        names = self.labels
-        if isinstance(names, list):
-            names = [str(name).lower() if isinstance(name, bool) else str(name) for name in names]
-        if not isinstance(names, list) or len(set(names)) < max(len(names), 2) or not all(map(str.strip, names)):
+        names = [str(name).lower() if isinstance(name, bool) else str(name) for name in self.labels]
+        if len(set(names)) < max(len(names), 2) or not all(map(str.strip, names)):
             raise ConfigError(
                 f"head.labels must be a list of at least two different names, e.g. [negative,positive], got "
                 f"{brief(self.labels)}"

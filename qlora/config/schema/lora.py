@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from qlora.config.registries.adapter_kinds import KINDS, LORA, AdapterKind
 from qlora.config.schema.adapter_kind import check_kind
-from qlora.config.schema.values import HOLDS, written
+from qlora.config.schema.values import HOLDS, MAPPINGS, written
 from qlora.errors import ConfigError, require
 
 LoraBias = StrEnum("LoraBias", "none all lora_only")
@@ -138,16 +138,18 @@ class LoraConfig:
         is_list = isinstance(self.exclude, list) and all(isinstance(name, str) and name for name in self.exclude)
         require(bool(is_list), "lora.exclude", "be a list of module names", self.exclude)
         for name, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-            pattern = getattr(self, name)
-            is_pattern = isinstance(pattern, dict) and all(
-                isinstance(key, str)
+            key, pattern = f"lora.{name}", getattr(self, name)
+            if not isinstance(pattern, dict):
+                raise ConfigError(f"{key} must be a mapping such as {MAPPINGS[key]}, got {written(pattern)}")
+            is_pattern = all(
+                isinstance(module, str)
                 and isinstance(value, kinds)
                 and not isinstance(value, bool)
                 and 0 < value < math.inf
-                for key, value in pattern.items()
+                for module, value in pattern.items()
             )
             rule = f"be a mapping from module names to {'ranks' if kinds is int else 'positive numbers'}"
-            require(is_pattern, f"lora.{name}", rule, pattern)
+            require(is_pattern, key, rule, pattern)
         self._check_modules_to_save()
         self._check_parameters()
         if self.rank_pattern and self.init is LoraInit.eva:
