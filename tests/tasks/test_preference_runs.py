@@ -221,7 +221,8 @@ CACHED = ("trainer.max_steps=5", "trainer.eval_steps=null", "trainer.keep=last",
           "trainer.logging_steps=1")  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["rows", "shared prompts", "packs", "a start"])
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize("layout", ["shared prompts", "rows", "a start", "packs"])
 def test_a_cached_reference_gives_the_bits_of_one_that_is_computed_in_each_step(
     layout: str, dpo: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
