@@ -126,6 +126,16 @@ FOREIGN_NAMES = {
     **dict.fromkeys(
         ("datasets", "data_path", "dataset_name", "dataset_path", "train_file", "train_data", "train_path"), "data"
     ),
+    **dict.fromkeys(("streaming", "dataset_streaming", "data.stream"), "data.streaming"),
+    **dict.fromkeys(("buffer_size", "shuffle_buffer_size", "data.buffer_size"), "data.shuffle_buffer"),
+    **dict.fromkeys(("stopping_strategy", "mix_strategy", "data.stopping_strategy"), "data.stop"),
+    **dict.fromkeys(("interleave_probs", "data.probability"), "data.mix"),
+    "rope_scaling": "model.rope_scaling",
+    **dict.fromkeys(
+        ("context_parallel_size", "sequence_parallel_size", "context_parallel"), "trainer.context_parallel"
+    ),
+    "cuda_graphs": "trainer.cuda_graphs",
+    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"), "lora.modules_to_save"),
     **dict.fromkeys(("val_file", "validation_file", "eval_file", "eval_data", "val_data"), "data.eval_path"),
     **dict.fromkeys(("val_size", "val_set_size", "test_size", "eval_size"), "data.eval_dataset_size"),
     **dict.fromkeys(

@@ -73,3 +73,9 @@ def test_a_stream_may_be_used_by_tasks_that_do_not_train() -> None:
 
 def test_probabilities_are_equal_where_none_is_set() -> None:
     assert compose(MIXED).data.probabilities == [0.5, 0.5]
+
+
+def test_thirds_may_be_rounded() -> None:
+    mix = [f"data.mix.{name}.{part}" for name in "abc" for part in (f"path={name}.jsonl", "probability=0.3333")]
+    config = compose(["data=mix", "data.streaming=true", "trainer.max_steps=5", *mix])
+    assert config.data.probabilities == [1 / 3] * 3

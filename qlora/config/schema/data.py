@@ -255,9 +255,10 @@ class DataConfig:
 
     @property
     def probabilities(self) -> list[float]:
-        """How probable it is that the next row of a stream is one of each set."""
-        given = [part.probability for part in self.mix.values()]
-        return [1 / max(len(given), 1) if value is None else value for value in given or [1.0]]
+        """How probable it is that the next row of a stream is one of each set; 1 in sum, where thirds are rounded too."""
+        given = [part.probability for part in self.mix.values()] or [1.0]
+        total = sum(value or 0 for value in given)
+        return [1 / len(given) if value is None else value / total for value in given]
 
     def held_out_of_stream(self, fraction: float) -> int:
         """Returns how many of the first rows of a streamed set are held out, which gives this fraction of all rows."""

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 SHUFFLE_BUFFER = 1000
 """Rows from among which the next one of a stream is drawn, by default."""
+SLACK = 1e-3
+"""How far the sum of probabilities may be from 1: thirds are written as 0.333."""
 
 
 def check_stream(data: DataConfig) -> None:
@@ -40,7 +42,7 @@ def check_stream(data: DataConfig) -> None:
         lacking = next(name for name in data.mix if name not in given)
         raise ConfigError(f"data.mix.{lacking}.probability is not set, and other sets have one; set it for each, or "
                           "for none")  # fmt: skip
-    if given and not math.isclose(total := sum(given.values()), 1, abs_tol=1e-6):
+    if given and not math.isclose(total := sum(given.values()), 1, abs_tol=SLACK):
         raise ConfigError(f"the probabilities of data.mix add up to {total:g} ({_listed(given)}); they must add up to "
                           "1")  # fmt: skip
     if data.max_train_samples is not None:
