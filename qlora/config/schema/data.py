@@ -255,7 +255,7 @@ class DataConfig:
 
     @property
     def probabilities(self) -> list[float]:
-        """How probable it is that the next row of a stream is one of each set; 1 in sum, where thirds are rounded too."""
+        """How probable it is that the next row of a stream is one of each set; 1 in sum, also of rounded thirds."""
         given = [part.probability for part in self.mix.values()] or [1.0]
         total = sum(value or 0 for value in given)
         return [1 / len(given) if value is None else value / total for value in given]
