@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora.runtime.device import capture_stream
+from qlora.runtime.random_states import drawing_from, random_states
 from qlora.text import brief_text
 from qlora.upstream.torch import pool_bytes
 
@@ -249,14 +250,13 @@ class _Again:
     random: torch.device | None
     """The device whose random numbers the layer takes."""
 
-    def run(self, hidden: Tensor, state: Tensor | None) -> Tensor:
+    def run(self, hidden: Tensor, states: list[Tensor] | None) -> Tensor:
         """Returns the output of the layer, with its graph of gradients."""
         args, kwargs = self.signature.arguments([hidden, *self.others])
         enabled, dtype = self.signature.mode
         with contextlib.ExitStack() as stack:
-            if self.random is not None and state is not None:
-                stack.enter_context(torch.random.fork_rng([self.random], device_type=self.random.type))
-                torch.cuda.set_rng_state(state, self.random)
+            if self.random is not None and states is not None:
+                stack.enter_context(drawing_from(self.random, states))
             stack.enter_context(torch.autocast(hidden.device.type, enabled=enabled, dtype=dtype))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.recomputing())
@@ -270,7 +270,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, buffers: _Buffers, index: int, again: _Again, hidden: Tensor, *trained: Tensor) -> Tensor:
         ctx.again, ctx.trained = again, trained
-        ctx.state = None if again.random is None else torch.cuda.get_rng_state(again.random)
+        ctx.states = None if again.random is None else random_states(again.random)
         ctx.save_for_backward(hidden)
         buffers.fill([hidden, *again.others])
         held = buffers.graphs[index]
@@ -284,7 +284,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
         hidden = saved.detach().requires_grad_()
-        output = ctx.again.run(hidden, ctx.state)
+        output = ctx.again.run(hidden, ctx.states)
         grads = torch.autograd.grad(output, (hidden, *ctx.trained), grad, allow_unused=True)
         return None, None, None, *grads
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora.errors import ResourceError
 from qlora.objectives.protocol import SHARED_ROWS
+from qlora.runtime.random_states import random_states, set_random_states
 from qlora.step.kernels.dequantize import find_moved
 from qlora.training.batches import Micro, split
 from qlora.training.peak_memory import PeakMemory
@@ -226,7 +227,7 @@ class StepMemory:
         `ResourceError` where the leanest plan is too much.
         """
         if not self._batches:
-            self._random = _random_state(self.device)
+            self._random = random_states(self.device)
         self._batches.append(batch)
         waiting = [batch]
         while (loss := self._try(waiting, learn)) is None:
@@ -241,7 +242,7 @@ class StepMemory:
             self.step.keep(self.plan.kept)
             forget()
             _free(self.device)
-            _set_random_state(self.device, self._random)
+            set_random_states(self.device, self._random)
             waiting = self._batches
         return loss
 
@@ -324,15 +325,3 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """Returns the state of the CPU's generator, and of the device's."""
-    states = [torch.get_rng_state()]
-    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
-
-
-def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.get_device_module(device).set_rng_state(state, device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora.runtime.long_rows import chunk_size
+from qlora.runtime.random_states import drawing_from, random_states
 from qlora.upstream.torch import compile_options
 
 Unread = Callable[[], contextlib.AbstractContextManager[None]]
@@ -88,7 +89,7 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.chunks, ctx.layer, ctx.trained = chunks, layer, trained
         ctx.autocast = _autocast(x.device.type)
-        ctx.random = _random_states(x.device) if chunks.has_dropout else None
+        ctx.random = random_states(x.device) if chunks.has_dropout else None
         if _is_skipped:
             return torch.full_like(x, torch.nan)
         out = None
@@ -112,7 +113,7 @@ class _Chunked(torch.autograd.Function):
             stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
             stack.enter_context(torch.autocast(x.device.type, **ctx.autocast))
             if ctx.random is not None:
-                stack.enter_context(_random(x.device, ctx.random))
+                stack.enter_context(drawing_from(x.device, ctx.random))
             for part, piece in ctx.chunks.split(flat):
                 with ctx.chunks.unread():
                     y = ctx.chunks.call(ctx.layer, piece)
@@ -154,19 +155,3 @@ def _autocast(kind: str) -> dict[str, Any]:
         "enabled": torch.is_autocast_enabled(kind),
         "cache_enabled": torch.is_autocast_cache_enabled(),
     }
-
-
-def _random_states(device: torch.device) -> tuple[Tensor, ...]:
-    cpu = torch.get_rng_state()
-    return (cpu,) if device.type == "cpu" else (cpu, torch.get_device_module(device).get_rng_state(device))
-
-
-@contextlib.contextmanager
-def _random(device: torch.device, states: tuple[Tensor, ...]) -> Iterator[None]:
-    """Draws the masks of the forward pass once more inside the block."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.set_rng_state(states[0])
-        if devices:
-            torch.get_device_module(device).set_rng_state(states[1], device)
-        yield
