@@ -80,19 +80,21 @@ def test_layers_and_ranks_are_those_asked_for(base_folder: Path) -> None:
 
 @pytest.mark.parametrize("overrides", [CHOSEN, [*CHOSEN, "lora=pissa"], ["lora.freeze_a=true"]], ids=str)
 def test_plain_peft_and_merging_give_the_same_logits(tmp_path: Path, base_folder: Path, overrides: list[str]) -> None:
+    check_reloaded_and_merged(tmp_path, base_folder, *overrides)
+
+
+def check_reloaded_and_merged(folder: Path, base_folder: Path, *overrides: str) -> None:
+    """Compares a model with an adapter with plain PEFT and with a merge, by their logits."""
     config, base = load(base_folder, "quantization=fp32", *overrides)
     model = attach(config, base, base_folder)
-    initial = tmp_path / "initial" if "lora=pissa" in overrides else None
+    initial = folder / "initial" if "lora=pissa" in overrides else None
     if initial is not None:
-        from qlora.adapters.save import save_initial_adapter
-
-        save_initial_adapter(model, initial)
+        adapters.save_initial_adapter(model, initial)
     move(model)
     expected = logits(model)
-    tokenizer = load_tokenizer(config.model)
-    adapters.save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer, initial=initial)
+    adapters.save_adapter(model, folder / "adapter", tokenizer=load_tokenizer(config.model), initial=initial)
     plain = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(plain, str(folder / "adapter"))
     torch.testing.assert_close(logits(loaded), expected, atol=2e-5, rtol=1e-4)
     placement = find_placement(config.quantization, find_device(config.device))
     made = merger(base_folder, split_adapter(loaded), placement)

@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import adapters
 from qlora.adapters.adapted import split_adapter
 from qlora.config.compose import compose
 from qlora.errors import UserError
 from qlora.models.new_tokens import resize_embeddings
-from qlora.models.tokenizer import load_tokenizer
 from qlora.planning.memory_plan import Ledger
 from qlora.planning.training_plan import find_shape, read_setup
 from qlora.quantization.placement import find_placement
 from qlora.runtime.device import find_device
 from tests.adapters.test_adapters import attach, load
-from tests.adapters.test_choice import logits, move, planned, save, trained
+from tests.adapters.test_choice import check_reloaded_and_merged, logits, move, planned, save, trained
 from tests.adapters.test_merge import merger
 from tests.training.test_optimizers import check_exact, settings
 
@@ -65,22 +64,7 @@ def test_the_plan_counts_states_and_logits(base_folder: Path) -> None:
 @pytest.mark.parametrize("chosen", [NORMS, MATRICES])
 @pytest.mark.parametrize("kind", ["all-linear", "dora", "pissa", "eva", "ia3"])
 def test_plain_peft_and_merging_give_the_same_logits(tmp_path: Path, base_folder: Path, chosen: str, kind: str) -> None:
-    config, base = load(base_folder, "quantization=fp32", f"lora={kind}", chosen)
-    model = attach(config, base, base_folder)
-    initial = tmp_path / "initial" if kind == "pissa" else None
-    if initial is not None:
-        adapters.save_initial_adapter(model, initial)
-    move(model)
-    expected = logits(model)
-    adapters.save_adapter(model, tmp_path / "adapter", tokenizer=load_tokenizer(config.model), initial=initial)
-    plain = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits(loaded), expected, atol=2e-5, rtol=1e-4)
-    placement = find_placement(config.quantization, find_device(config.device))
-    made = merger(base_folder, split_adapter(loaded), placement)
-    merged = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    merged.load_state_dict({name: made.tensor(part) for name, part in made.parts.items()}, strict=False)
-    torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=1e-4)
+    check_reloaded_and_merged(tmp_path, base_folder, f"lora={kind}", chosen)
 
 
 def test_the_untuned_base_is_there_without_the_adapter(base_folder: Path) -> None:
