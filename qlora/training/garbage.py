@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from transformers import TrainerCallback
@@ -33,17 +33,15 @@ class Unsearched(TrainerCallback):
 
     def __init__(self) -> None:
         self._steps = 0
-        self._inside: Any = None
+        self._inside = ExitStack()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Counts the steps of this process."""
         self._steps += 1
-        if self._steps == WARM and self._inside is None:
-            self._inside = unsearched()
-            self._inside.__enter__()
+        if self._steps == WARM:
+            self._inside.enter_context(unsearched())
 
     def close(self) -> None:
         """Lets the collector search everything again."""
-        if self._inside is not None:
-            self._inside.__exit__(None, None, None)
-        self._inside, self._steps = None, 0
+        self._inside.close()
+        self._steps = 0
